@@ -1,0 +1,146 @@
+"""Is sparse encoding of a network exact? Tried on the network itself before it is used.
+
+A float64 copy with *randomised* weights runs on random images three ways: tiles against masked at two mask ratios, and
+without a mask against the plain network. At initialisation zero gains and layer scales of 1e-6 would hide whole
+branches, and with them what is wrong there: hence the random weights, which only the copy ever sees.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.masking import random_mask
+from models.sparse.geometry import Geometry
+from models.sparse.masked import Masked
+from models.sparse.tensor import SparseError, dense
+
+TOLERANCE = 1e-9
+"""Largest difference, relative to the largest value, that rounding in float64 may explain."""
+GRID = (3, 4)
+"""Patches of the images the check looks at: as few as can hold hidden and visible neighbours; not square."""
+HIDDEN = (4, 8)
+"""Hidden patches of the two masks."""
+
+
+def check(
+    model: nn.Module, geometry: type[Geometry], mask_patch: tuple[int, int], in_chans: int, run: Callable[[Any, Tensor], Any]
+) -> None:
+    """Compare a randomised float64 copy of ``model`` on ``geometry`` with the masked and the plain dense network.
+
+    ``run(model, x)`` gives the features. Weights, buffers, random states and the training flag stay as they are.
+
+    Raises:
+        SparseError: naming the module that is not exact, or what it does that cannot be done on visible patches.
+    """
+    size = (GRID[0] * mask_patch[0], GRID[1] * mask_patch[1])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, in_chans, *size, generator=generator, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        double = randomised(model)
+        for training in (True, False):
+            double.train(training)
+            for hidden in HIDDEN:
+                mask = random_mask(2, GRID, hidden, generator)
+                _compare(double, run, geometry(mask, size).enter(images), Masked(mask, size).enter(images), geometry)
+            nothing = torch.zeros_like(mask)
+            _compare(double, run, geometry(nothing, size).enter(images), images, geometry)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """A float64 copy on the CPU with random weights and statistics of moderate size, and nothing dropped at random."""
+    double = copy.deepcopy(model).to("cpu", torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in [*double.named_parameters(), *double.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        if value.dim() > 1 and value.numel() > max(value.shape):  # a kernel or matrix: keeps the size of what it sees
+            drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64) / value[0].numel() ** 0.5
+        elif name.endswith(("bias", "beta", "running_mean")):
+            drawn = 0.2 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        else:  # gains, layer scales, variances
+            drawn = 0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        value.data.copy_(drawn)
+    for module in double.modules():
+        for rate in ("p", "drop_prob", "drop_rate"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    return double
+
+
+def _compare(model: nn.Module, run: Callable[[Any, Tensor], Any], x: Tensor, reference: Tensor, geometry: type[Geometry]) -> None:
+    with _named_errors(model):
+        found = _tensors(dense(run(model, x)))
+    expected = _tensors(dense(run(model, reference)))
+    if all(_close(a, b) for a, b in zip(found, expected, strict=True)):
+        return
+    with _trace(model) as ours:
+        run(model, x)
+    with _trace(model) as theirs:
+        run(model, reference)
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or not _close(a, b):
+            raise SparseError(
+                f"{_described(model, path)} is not exact on {geometry.backend}: it looks beyond the visible part of a "
+                "map in a way that is not known here; use backend=masked or dense, or another encoder"
+            )
+    raise SparseError(f"{type(model).__name__} is not exact on {geometry.backend}, and no module of it shows where")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max().clamp(min=1e-30))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _described(model: nn.Module, path: str) -> str:
+    return f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
+
+
+@contextmanager
+def _named_errors(model: nn.Module) -> Iterator[None]:
+    """Whatever is refused inside says in which module."""
+    inside: list[str] = []
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, path=path: inside.append(path)))
+        handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    try:
+        yield
+    except SparseError as error:
+        raise SparseError(f"{_described(model, inside[-1] if inside else '')}: {error}") from error
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError) as error:
+        where = _described(model, inside[-1] if inside else "")
+        raise SparseError(f"{where} does not run on visible patches alone: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _trace(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Outputs of all modules as they are made, maps dense."""
+    found: list[tuple[str, Tensor]] = []
+
+    def keep(path: str, output: Any) -> None:
+        try:
+            found.extend((path, t.detach().clone()) for t in _tensors(dense(output)))
+        except SparseError:
+            pass  # a view, such as a map's flattened axes: the module around it shows the same
+
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, path=path: keep(path, output))
+        for path, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

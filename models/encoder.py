@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,59 @@ def spatial_features(encoder: Any, x: Tensor) -> Tensor:
     return features if getattr(encoder, "output_fmt", "NCHW") == "NCHW" else rearrange(features, "b h w d -> b d h w")
 
 
+def stages(encoder: Any, count: int | None = None) -> list[dict[str, Any]]:
+    """The last ``count`` scales of a timm model, finest first: timm's ``num_chs``, ``reduction`` and ``module``.
+
+    Raises:
+        ValueError: it has fewer, or none that are told.
+    """
+    found = [dict(info) for info in getattr(encoder, "feature_info", None) or []]
+    if not found or (count is not None and len(found) < count):
+        raise ValueError(f"{type(encoder).__name__} has {len(found)} scales, {count or 'at least 1'} asked for")
+    return found if count is None else found[-count:]
+
+
+def stage_features(encoder: Any, x: Tensor, count: int | None = None) -> list[Tensor]:
+    """Feature maps of the last ``count`` scales (all by default), finest first, each (B, D, h, w).
+
+    They are what timm's ``feature_info`` names, before any head; ``x`` may be a sparse image, and the maps then are too.
+    """
+    wanted = [info["module"] for info in stages(encoder, count)]
+    found: dict[str, Tensor] = {}
+    handles = [
+        # by name, as the hook of a block that is recomputed for its backward pass would run twice
+        encoder.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: found.setdefault(name, out) and None
+        )
+        for name in wanted
+    ]
+    try:
+        encoder.forward_features(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    maps = [found[name] for name in wanted]
+    return maps if getattr(encoder, "output_fmt", "NCHW") == "NCHW" else [m.permute(0, 3, 1, 2) for m in maps]
+
+
 def pooled_features(encoder: nn.Module, x: Tensor) -> Tensor:
     """Mean of the last feature map -> (B, D) float32: what k-NN and probes look at."""
     return spatial_features(encoder, x).float().mean(dim=(-2, -1))
 
 
-def unused_parameters(encoder: Any, image_size: tuple[int, int], in_chans: int) -> list[str]:
-    """Names of the parameters that :func:`spatial_features` does not use, such as a head's convolution or norm."""
+def unused_parameters(
+    encoder: Any,
+    image_size: tuple[int, int],
+    in_chans: int,
+    features: Callable[[Any, Tensor], Tensor | Sequence[Tensor]] = spatial_features,
+) -> list[str]:
+    """Names of the parameters that ``features`` does not use, such as a head's convolution or norm."""
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     training = encoder.training
     with torch.enable_grad():  # in evaluation mode: running statistics and random states stay as they are
-        features = spatial_features(encoder.eval(), torch.zeros(1, in_chans, *image_size))
-        grads = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
+        found = features(encoder.eval(), torch.zeros(1, in_chans, *image_size))
+        total = torch.stack([f.sum() for f in ([found] if isinstance(found, Tensor) else found)]).sum()
+        grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     encoder.train(training)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
 

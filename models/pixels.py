@@ -96,3 +96,8 @@ def _box_sum(x: Tensor, window: int, dim: int) -> Tensor:
     first = torch.zeros_like(last)
     first.narrow(dim, 1, last.shape[dim] - 1).copy_(total.narrow(dim, 0, last.shape[dim] - 1))
     return last - first
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """(N, C, H, W) as something to look at: 3 channels stay, others show their first as grey."""
+    return images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)

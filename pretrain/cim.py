@@ -26,7 +26,7 @@ from models.beit import BEiT
 from models.dvae import FrozenTokenizer, load_tokenizer
 from models.encoder import build_encoder, feature_stride, load_encoder, spatial_features, unused_parameters
 from models.masking import blockwise_mask, mask_range, num_masked, random_mask, upsample
-from models.pixels import denormalise, normalise, patch_statistics, to_unit, window_statistics
+from models.pixels import as_rgb, denormalise, normalise, patch_statistics, to_unit, window_statistics
 from pretrain.export import save_encoder
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ class CIM(nn.Module):
             output = shown * F.interpolate(prediction.sigmoid(), shown.shape[-2:])
             name = "original_masked_corrupted_replaced"
         rows = torch.stack([unit, unit.masked_fill(hidden, 0.5), shown, output], dim=1).flatten(0, 1).clamp(0, 1)
-        return {name: make_grid(_as_rgb(rows).cpu(), nrow=4, padding=2, pad_value=1.0)}
+        return {name: make_grid(as_rgb(rows).cpu(), nrow=4, padding=2, pad_value=1.0)}
 
     def fingerprint(self) -> str:
         """What a continued run must find again beside its images: the tokenizer's contents."""
@@ -359,8 +359,3 @@ def _tokenizer(config: _Config) -> FrozenTokenizer | None:
             f"cim.tokenizer has {tokenizer.in_chans} channels, data.in_chans={config.data.in_chans}: train a tokenizer on such images"
         )
     return tokenizer
-
-
-def _as_rgb(images: Tensor) -> Tensor:
-    """(N, C, H, W) as something to look at: 3 channels stay, others show their first as grey."""
-    return images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)

@@ -7,7 +7,7 @@ branches, and with them what is wrong there: hence the random weights, which onl
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,11 @@ HIDDEN = (4, 8)
 
 
 def check(
-    model: nn.Module, geometry: type[Geometry], mask_patch: tuple[int, int], in_chans: int, run: Callable[[Any, Tensor], Any]
+    model: nn.Module,
+    geometry: type[Geometry],
+    mask_patch: tuple[int, int],
+    in_chans: int,
+    run: Callable[[Any, Tensor], Any],
 ) -> None:
     """Compare a randomised float64 copy of ``model`` on ``geometry`` with the masked and the plain dense network.
 
@@ -71,7 +75,9 @@ def randomised(model: nn.Module) -> nn.Module:
     return double
 
 
-def _compare(model: nn.Module, run: Callable[[Any, Tensor], Any], x: Tensor, reference: Tensor, geometry: type[Geometry]) -> None:
+def _compare(
+    model: nn.Module, run: Callable[[Any, Tensor], Any], x: Tensor, reference: Tensor, geometry: type[Geometry]
+) -> None:
     with _named_errors(model):
         found = _tensors(dense(run(model, x)))
     expected = _tensors(dense(run(model, reference)))
@@ -118,7 +124,9 @@ def _named_errors(model: nn.Module) -> Iterator[None]:
         raise SparseError(f"{_described(model, inside[-1] if inside else '')}: {error}") from error
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError) as error:
         where = _described(model, inside[-1] if inside else "")
-        raise SparseError(f"{where} does not run on visible patches alone: {str(error).partition(chr(10))[0]}") from error
+        raise SparseError(
+            f"{where} does not run on visible patches alone: {str(error).partition(chr(10))[0]}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -130,10 +138,8 @@ def _trace(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     found: list[tuple[str, Tensor]] = []
 
     def keep(path: str, output: Any) -> None:
-        try:
+        with suppress(SparseError):  # a view, such as a map's flattened axes: the module around it shows the same
             found.extend((path, t.detach().clone()) for t in _tensors(dense(output)))
-        except SparseError:
-            pass  # a view, such as a map's flattened axes: the module around it shows the same
 
     handles = [
         module.register_forward_hook(lambda _m, _i, output, path=path: keep(path, output))

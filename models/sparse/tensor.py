@@ -104,7 +104,9 @@ def per_image(x: Tensor) -> Tensor:
         return x
     with torch._C.DisableTorchFunctionSubclass():
         if x.sites.kind != "image":
-            raise SparseError(f"a {x.sites.kind} map of shape {tuple(x.shape)} is not one value per image: pool it first")
+            raise SparseError(
+                f"a {x.sites.kind} map of shape {tuple(x.shape)} is not one value per image: pool it first"
+            )
         return x.sites.geometry.images(plain(x))
 
 
@@ -141,30 +143,178 @@ def _map(values: Tensor, sites: Sites, *, kind: str = "nchw", clean: bool) -> Sp
 # --- dispatch -------------------------------------------------------------------------------------------------------
 
 _LOCAL_UNARY_ZERO = frozenset(
-    """relu relu6 silu gelu hardswish leaky_relu elu selu tanh mish prelu softsign tanhshrink abs neg square sqrt
-    clone contiguous detach to float double half bfloat16 type type_as cpu cuda requires_grad alias
-    dropout alpha_dropout nan_to_num sin hardshrink softshrink prelu celu rrelu""".split()
+    [
+        "relu",
+        "relu6",
+        "silu",
+        "gelu",
+        "hardswish",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "tanh",
+        "mish",
+        "prelu",
+        "softsign",
+        "tanhshrink",
+        "abs",
+        "neg",
+        "square",
+        "sqrt",
+        "clone",
+        "contiguous",
+        "detach",
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type",
+        "type_as",
+        "cpu",
+        "cuda",
+        "requires_grad",
+        "alias",
+        "dropout",
+        "alpha_dropout",
+        "nan_to_num",
+        "sin",
+        "hardshrink",
+        "softshrink",
+        "prelu",
+        "celu",
+        "rrelu",
+    ]
 )
 """Functions of one site alone that leave zeros where they are."""
-_LOCAL_LINEAR_ZERO = frozenset("add sub iadd isub radd rsub cat concat stack where".split())
+_LOCAL_LINEAR_ZERO = frozenset(["add", "sub", "iadd", "isub", "radd", "rsub", "cat", "concat", "stack", "where"])
 """Of several maps, all zero where hidden, they are too."""
-_LOCAL_PRODUCT = frozenset("mul imul rmul div truediv itruediv multiply".split())
+_LOCAL_PRODUCT = frozenset(["mul", "imul", "rmul", "div", "truediv", "itruediv", "multiply"])
 _LOCAL_ANY = frozenset(
-    """sigmoid hardsigmoid logsigmoid hardtanh softplus exp log log1p expm1 pow rpow ipow rsqrt reciprocal rtruediv clamp clip
-    clamp_min clamp_max maximum minimum lerp addcmul addcdiv erf cos threshold glu softmin atan erfinv sign
-    local_response_norm fill zero copy eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or
-    masked_fill normalize channel_shuffle native_channel_shuffle is_same_size bitwise_not invert""".split()
+    [
+        "sigmoid",
+        "hardsigmoid",
+        "logsigmoid",
+        "hardtanh",
+        "softplus",
+        "exp",
+        "log",
+        "log1p",
+        "expm1",
+        "pow",
+        "rpow",
+        "ipow",
+        "rsqrt",
+        "reciprocal",
+        "rtruediv",
+        "clamp",
+        "clip",
+        "clamp_min",
+        "clamp_max",
+        "maximum",
+        "minimum",
+        "lerp",
+        "addcmul",
+        "addcdiv",
+        "erf",
+        "cos",
+        "threshold",
+        "glu",
+        "softmin",
+        "atan",
+        "erfinv",
+        "sign",
+        "local_response_norm",
+        "fill",
+        "zero",
+        "copy",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "isnan",
+        "isinf",
+        "isfinite",
+        "logical_not",
+        "logical_and",
+        "logical_or",
+        "masked_fill",
+        "normalize",
+        "channel_shuffle",
+        "native_channel_shuffle",
+        "is_same_size",
+        "bitwise_not",
+        "invert",
+    ]
 )
 _SHAPED = frozenset(
-    "view reshape flatten unflatten transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze expand expand_as view_as "
-    "reshape_as chunk split split_with_sizes tensor_split unbind getitem narrow select index_select permute rearrange".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "view_as",
+        "reshape_as",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unbind",
+        "getitem",
+        "narrow",
+        "select",
+        "index_select",
+        "permute",
+        "rearrange",
+    ]
 )
 _REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "norm": 2, "linalg_vector_norm": 2}
 """Reductions, and where their ``dim`` stands among the arguments."""
 _QUESTIONS = frozenset(
-    """size dim stride numel nelement element_size is_floating_point is_complex is_contiguous data_ptr get_device
-    storage_offset untyped_storage ndimension is_nonzero len repr str format hash requires_grad_ register_hook backward retain_grad
-    item tolist has_names is_inference numpy deepcopy reduce_ex""".split()
+    [
+        "size",
+        "dim",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "data_ptr",
+        "get_device",
+        "storage_offset",
+        "untyped_storage",
+        "ndimension",
+        "is_nonzero",
+        "len",
+        "repr",
+        "str",
+        "format",
+        "hash",
+        "requires_grad_",
+        "register_hook",
+        "backward",
+        "retain_grad",
+        "item",
+        "tolist",
+        "has_names",
+        "is_inference",
+        "numpy",
+        "deepcopy",
+        "reduce_ex",
+    ]
 )
 """What is asked of a tensor, without making one."""
 
@@ -200,14 +350,18 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     elif name in _LOCAL_ANY:
         clean = False
     else:
-        raise SparseError(f"{_title(func)} is not known to look at one site alone: it may see hidden or miss visible ones")
+        raise SparseError(
+            f"{_title(func)} is not known to look at one site alone: it may see hidden or miss visible ones"
+        )
     _refuse_plain_rows(name, args, kwargs, sites)
     result = func(*args, **kwargs)
     return _each(result, lambda out: _checked(name, out, dataclasses.replace(sites, clean=clean)))
 
 
 def _title(func: Callable[..., Any]) -> str:
-    module = getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", None) or "torch"
+    module = (
+        getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", None) or "torch"
+    )
     return f"{module}.{func.__name__}"
 
 
@@ -245,10 +399,17 @@ def _refuse_plain_rows(name: str, args: Any, kwargs: Any, sites: Sites) -> None:
     """A plain tensor with a row per tile was made by something that does not know of tiles, such as a random number each."""
     rows = sites.geometry.rows_of_batch
     for value in _tensors((*args, *kwargs.values())):
-        if not isinstance(value, SparseTensor) and value.dim() == 4 and value.shape[0] == rows > 1 and not value.is_leaf:
+        if (
+            not isinstance(value, SparseTensor)
+            and value.dim() == 4
+            and value.shape[0] == rows > 1
+            and not value.is_leaf
+        ):
             raise SparseError(f"{name} with a plain tensor of shape {tuple(value.shape)} that lost its mask on the way")
         if type(value) is Tensor and value.dim() == 4 and value.shape[0] == rows > 1:
-            raise SparseError(f"{name} with a plain tensor of shape {tuple(value.shape)}, which knows nothing of the mask")
+            raise SparseError(
+                f"{name} with a plain tensor of shape {tuple(value.shape)}, which knows nothing of the mask"
+            )
 
 
 def _checked(name: str, out: Tensor, sites: Sites) -> SparseTensor:
@@ -315,7 +476,9 @@ def _reduce(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     dims = [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or [])]
     spatial = {"nchw": {2, 3}, "nhwc": {1, 2}}.get(sites.kind)
     if not dims or 0 in dims or spatial is None or (spatial & set(dims) and spatial != set(dims)):
-        raise SparseError(f"{name} over the axes {dim} of a map of {tuple(x.shape)}: over channels or over all sites only")
+        raise SparseError(
+            f"{name} over the axes {dim} of a map of {tuple(x.shape)}: over channels or over all sites only"
+        )
     if not spatial & set(dims):
         out = func(*args, **kwargs)
         if out.dim() < 4:
@@ -371,7 +534,9 @@ def _layer_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     x: SparseTensor = args[0]
     shape = _take("normalized_shape", 1, args, kwargs)
     if x.sites.kind != "image" and (x.sites.kind == "nchw" or len(shape) != 1):
-        raise SparseError(f"layer_norm over {tuple(shape)} of a map of {tuple(x.shape)} reaches beyond the channels of a site")
+        raise SparseError(
+            f"layer_norm over {tuple(shape)} of a map of {tuple(x.shape)} reaches beyond the channels of a site"
+        )
     return _checked(func.__name__, func(*args, **kwargs), dataclasses.replace(x.sites, clean=False))
 
 
@@ -423,7 +588,9 @@ def _new(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _refuse_views(name: str, x: SparseTensor) -> None:
     if x.sites.kind != "nchw":
-        raise SparseError(f"{name} on a {'channels-last map' if x.sites.kind == 'nhwc' else 'view'} of shape {tuple(x.shape)}")
+        raise SparseError(
+            f"{name} on a {'channels-last map' if x.sites.kind == 'nhwc' else 'view'} of shape {tuple(x.shape)}"
+        )
 
 
 def _pad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -439,7 +606,9 @@ def _pad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if x.sites.pad:
         raise SparseError("padding twice: add the amounts up")
     left, right, top, bottom = (*amounts, 0, 0)[:4]
-    pad = Pad((left, right, top, bottom), _take("mode", 2, args, kwargs, "constant"), _take("value", 3, args, kwargs) or 0.0)
+    pad = Pad(
+        (left, right, top, bottom), _take("mode", 2, args, kwargs, "constant"), _take("value", 3, args, kwargs) or 0.0
+    )
     return wrap(plain(x).view_as(x), dataclasses.replace(x.sites, pad=pad))
 
 
@@ -499,7 +668,9 @@ def _pool(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Max pooling ignores hidden sites; average pooling counts them as zeros and divides as it does without a mask."""
     largest = "max" in func.__name__
     names = ("input", "kernel_size", "stride", "padding") + (
-        ("dilation", "ceil_mode", "return_indices") if largest else ("ceil_mode", "count_include_pad", "divisor_override")
+        ("dilation", "ceil_mode", "return_indices")
+        if largest
+        else ("ceil_mode", "count_include_pad", "divisor_override")
     )
     given = dict(zip(names, args, strict=False)) | kwargs
     x = given.pop("input")
@@ -525,8 +696,10 @@ def _interpolate(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     _refuse_views("interpolate", x)
     size, scale = given.pop("size", None), given.pop("scale_factor", None)
     side = x.sites.side
-    factor = tuple(s / b for s, b in zip(_pair(size), side, strict=True)) if size is not None else (
-        tuple(float(s) for s in scale) if isinstance(scale, (tuple, list)) else (float(scale), float(scale))
+    factor = (
+        tuple(s / b for s, b in zip(_pair(size), side, strict=True))
+        if size is not None
+        else (tuple(float(s) for s in scale) if isinstance(scale, (tuple, list)) else (float(scale), float(scale)))
     )
     if any(f < 1 or f != int(f) for f in factor):
         raise SparseError(f"resizing a map {factor} times: only whole multiples keep the tiles apart")
@@ -584,6 +757,8 @@ _HANDLERS: dict[str, Callable[[Callable[..., Any], Any, Any], Any]] = {
     "dropout2d": _channel_dropout,
     "feature_dropout": _channel_dropout,
     "feature_alpha_dropout": _channel_dropout,
-    **dict.fromkeys(("new_empty", "new_ones", "new_zeros", "new_full", "new_tensor", "ones_like", "zeros_like", "empty_like"), _new),
+    **dict.fromkeys(
+        ("new_empty", "new_ones", "new_zeros", "new_full", "new_tensor", "ones_like", "zeros_like", "empty_like"), _new
+    ),
 }
 """Functions that are more than local, by name without underscores."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.sparse.tensor import Pad, Sites, SparseError, SparseTensor
+from models.sparse.tensor import Pad, Sites, SparseError, SparseTensor, Window
 
 
 class Geometry(abc.ABC):
@@ -81,10 +81,12 @@ class Geometry(abc.ABC):
         fill: float,
         local: bool,
         stride: tuple[int, int],
+        window: Window | None = None,
     ) -> Tensor:
         """``function`` of the dense map that holds ``fill`` at hidden sites, at the visible sites of the result.
 
         ``side`` is the side of the result's tiles; ``local``: each tile's result depends on that tile alone.
+        ``window``: the same function said in another way, where there is one.
         """
 
     @abc.abstractmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.masking import upsample
 from models.sparse.geometry import Geometry, require_size
-from models.sparse.tensor import Pad, Sites, SparseTensor, wrap
+from models.sparse.tensor import Pad, Sites, SparseTensor, Window, wrap
 
 
 class Masked(Geometry):
@@ -73,6 +73,7 @@ class Masked(Geometry):
         fill: float,
         local: bool,
         stride: tuple[int, int],
+        window: Window | None = None,
     ) -> Tensor:
         if not local:
             if fill != 0.0:

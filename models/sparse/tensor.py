@@ -44,6 +44,17 @@ class Pad:
 
 
 @dataclasses.dataclass(frozen=True)
+class Window:
+    """A function of the sites under a sliding window: pooling."""
+
+    kernel: tuple[int, int]
+    pad: Pad
+    dilation: tuple[int, int]
+    function: Callable[[Tensor], Tensor]
+    """of maps that are padded already"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Sites:
     """What a :class:`SparseTensor` knows of itself."""
 
@@ -140,181 +151,39 @@ def _map(values: Tensor, sites: Sites, *, kind: str = "nchw", clean: bool) -> Sp
     return wrap(values.permute(0, 2, 3, 1) if kind == "nhwc" else values, new)
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # --- dispatch -------------------------------------------------------------------------------------------------------
 
-_LOCAL_UNARY_ZERO = frozenset(
-    [
-        "relu",
-        "relu6",
-        "silu",
-        "gelu",
-        "hardswish",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "tanh",
-        "mish",
-        "prelu",
-        "softsign",
-        "tanhshrink",
-        "abs",
-        "neg",
-        "square",
-        "sqrt",
-        "clone",
-        "contiguous",
-        "detach",
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "cpu",
-        "cuda",
-        "requires_grad",
-        "alias",
-        "dropout",
-        "alpha_dropout",
-        "nan_to_num",
-        "sin",
-        "hardshrink",
-        "softshrink",
-        "prelu",
-        "celu",
-        "rrelu",
-    ]
+_LOCAL_UNARY_ZERO = _names(
+    """relu relu6 silu gelu hardswish leaky_relu elu selu tanh mish prelu softsign tanhshrink abs neg square sqrt
+    clone contiguous detach to float double half bfloat16 type type_as cpu cuda requires_grad alias dropout
+    alpha_dropout nan_to_num sin hardshrink softshrink prelu celu rrelu"""
 )
 """Functions of one site alone that leave zeros where they are."""
-_LOCAL_LINEAR_ZERO = frozenset(["add", "sub", "iadd", "isub", "radd", "rsub", "cat", "concat", "stack", "where"])
+_LOCAL_LINEAR_ZERO = _names("""add sub iadd isub radd rsub cat concat stack where""")
 """Of several maps, all zero where hidden, they are too."""
-_LOCAL_PRODUCT = frozenset(["mul", "imul", "rmul", "div", "truediv", "itruediv", "multiply"])
-_LOCAL_ANY = frozenset(
-    [
-        "sigmoid",
-        "hardsigmoid",
-        "logsigmoid",
-        "hardtanh",
-        "softplus",
-        "exp",
-        "log",
-        "log1p",
-        "expm1",
-        "pow",
-        "rpow",
-        "ipow",
-        "rsqrt",
-        "reciprocal",
-        "rtruediv",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "clamp_max",
-        "maximum",
-        "minimum",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "erf",
-        "cos",
-        "threshold",
-        "glu",
-        "softmin",
-        "atan",
-        "erfinv",
-        "sign",
-        "local_response_norm",
-        "fill",
-        "zero",
-        "copy",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "isnan",
-        "isinf",
-        "isfinite",
-        "logical_not",
-        "logical_and",
-        "logical_or",
-        "masked_fill",
-        "normalize",
-        "channel_shuffle",
-        "native_channel_shuffle",
-        "is_same_size",
-        "bitwise_not",
-        "invert",
-    ]
+_LOCAL_PRODUCT = _names("""mul imul rmul div truediv itruediv multiply""")
+_LOCAL_ANY = _names(
+    """sigmoid hardsigmoid logsigmoid hardtanh softplus exp log log1p expm1 pow rpow ipow rsqrt reciprocal rtruediv
+    clamp clip clamp_min clamp_max maximum minimum lerp addcmul addcdiv erf cos threshold glu softmin atan
+    erfinv sign local_response_norm fill zero copy eq ne lt le gt ge isnan isinf isfinite logical_not
+    logical_and logical_or masked_fill normalize channel_shuffle native_channel_shuffle is_same_size bitwise_not
+    invert"""
 )
-_SHAPED = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "getitem",
-        "narrow",
-        "select",
-        "index_select",
-        "permute",
-        "rearrange",
-    ]
+_SHAPED = _names(
+    """view reshape flatten unflatten transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze expand
+    expand_as view_as reshape_as chunk split split_with_sizes tensor_split unbind getitem narrow select
+    index_select permute rearrange"""
 )
 _REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "norm": 2, "linalg_vector_norm": 2}
 """Reductions, and where their ``dim`` stands among the arguments."""
-_QUESTIONS = frozenset(
-    [
-        "size",
-        "dim",
-        "stride",
-        "numel",
-        "nelement",
-        "element_size",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "data_ptr",
-        "get_device",
-        "storage_offset",
-        "untyped_storage",
-        "ndimension",
-        "is_nonzero",
-        "len",
-        "repr",
-        "str",
-        "format",
-        "hash",
-        "requires_grad_",
-        "register_hook",
-        "backward",
-        "retain_grad",
-        "item",
-        "tolist",
-        "has_names",
-        "is_inference",
-        "numpy",
-        "deepcopy",
-        "reduce_ex",
-    ]
+_QUESTIONS = _names(
+    """size dim stride numel nelement element_size is_floating_point is_complex is_contiguous data_ptr get_device
+    storage_offset untyped_storage ndimension is_nonzero len repr str format hash requires_grad_ register_hook
+    backward retain_grad item tolist has_names is_inference numpy deepcopy reduce_ex"""
 )
 """What is asked of a tensor, without making one."""
 
@@ -447,6 +316,14 @@ def _shaped(name: str, func: Callable[..., Any], args: Any, kwargs: Any, x: Spar
         kinds = []
         if len(shape) == 4:
             kinds = [kind for kind, inner in (("nchw", shape[2:]), ("nhwc", shape[1:3])) if inner == sites.side]
+            factor = [a // b for a, b in zip(sites.side, shape[2:], strict=True)]
+            if (
+                sites.kind == "other"
+                and not kinds
+                and all(f * b == a for f, a, b in zip(factor, sites.side, shape[2:], strict=True))
+            ):
+                # Sites of a tile that became channels, as in a stem from space to depth.
+                return wrap(out, dataclasses.replace(sites, kind="nchw", side=(shape[2], shape[3])))
         kind = sites.kind if sites.kind in kinds else (kinds or ["other"])[0]
         if name == "permute" and x.dim() == 4 and kinds:
             order = [d % 4 for d in (args[1] if isinstance(args[1], (tuple, list)) else args[1:])]
@@ -475,15 +352,20 @@ def _reduce(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     dim = _take("dim", position, args, kwargs)
     dims = [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or [])]
     spatial = {"nchw": {2, 3}, "nhwc": {1, 2}}.get(sites.kind)
+    if sites.kind == "other" and x.dim() > 3 and tuple(x.shape[-2:]) == sites.side:
+        spatial = {x.dim() - 2, x.dim() - 1}  # channels in groups, or several maps stacked
+        if spatial & set(dims):
+            raise SparseError(f"{name} over the sites of a view of {tuple(x.shape)}: reduce the map itself")
     if not dims or 0 in dims or spatial is None or (spatial & set(dims) and spatial != set(dims)):
         raise SparseError(
             f"{name} over the axes {dim} of a map of {tuple(x.shape)}: over channels or over all sites only"
         )
     if not spatial & set(dims):
         out = func(*args, **kwargs)
-        if out.dim() < 4:
-            return wrap(out, dataclasses.replace(sites, kind="other", clean=False))
-        return wrap(out, dataclasses.replace(sites, clean=False))
+        kind = sites.kind if out.dim() == 4 else "other"
+        if sites.kind == "other" and out.dim() == 4:
+            kind = "nchw"
+        return wrap(out, dataclasses.replace(sites, kind=kind, clean=False))
     keep = {"nchw": (slice(None), slice(None), None, None), "nhwc": (slice(None), None, None)}[sites.kind]
     keepdim = bool(_take("keepdim", position + 1, args, kwargs, False))
     rest = {key: value for key, value in kwargs.items() if key not in ("dim", "keepdim")}
@@ -684,7 +566,19 @@ def _pool(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     stride = kernel if given_stride in (None, [], ()) else _pair(given_stride)
     local = kernel == stride and not any(_pair(given.get("padding", 0))) and _pair(given.get("dilation", 1)) == (1, 1)
     fill = float("-inf") if largest else 0.0
-    return _neighbours(lambda v: func(v, **given), x, stride, fill=fill, local=local and x.sites.pad is None)
+    window = None
+    if largest or (
+        given.get("count_include_pad", True) and not given.get("ceil_mode") and not given.get("divisor_override")
+    ):
+        rows, columns = _pair(given.get("padding", 0))
+        more = (stride[0] - 1, stride[1] - 1) if given.get("ceil_mode") else (0, 0)  # a last, incomplete window
+        dilation = _pair(given.get("dilation", 1))
+        bare = {"kernel_size": kernel, "stride": stride} | ({"dilation": dilation} if largest else {})
+        window = Window(
+            kernel, Pad((columns, columns + more[1], rows, rows + more[0])), dilation, lambda v: func(v, **bare)
+        )
+    local = local and x.sites.pad is None
+    return _neighbours(lambda v: func(v, **given), x, stride, fill=fill, local=local, window=window)
 
 
 def _interpolate(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -716,11 +610,12 @@ def _neighbours(
     fill: float = 0.0,
     up: bool = False,
     local: bool = False,
+    window: Window | None = None,
 ) -> SparseTensor:
     """``function`` of the dense map with ``fill`` at hidden sites; where it is local it runs on the sites there are."""
     sites, geometry = x.sites, x.sites.geometry
     side = geometry.scaled(sites.side, stride, up=up)
-    out = geometry.neighbours(function, plain(x), sites, side, fill=fill, local=local, stride=stride)
+    out = geometry.neighbours(function, plain(x), sites, side, fill=fill, local=local, stride=stride, window=window)
     return _map(out, sites, clean=True)
 
 

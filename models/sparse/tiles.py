@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.sparse.conv import Neighbourhood, tile_conv2d
+from models.sparse.conv import Neighbourhood, Pairs, flat, pairs_of, pointwise_conv2d, tile_conv2d, unflat
 from models.sparse.gather import Plan, gathered
 from models.sparse.geometry import Geometry, require_size
 from models.sparse.masked import padded
-from models.sparse.tensor import Pad, Sites, SparseTensor, wrap
+from models.sparse.tensor import Pad, Sites, SparseTensor, Window, wrap
 
 
 class Tiles(Geometry):
@@ -33,6 +33,7 @@ class Tiles(Geometry):
         self.slots = slots.view(self.batch, *self.grid)
         """(B, h, w) int64: the tile of a patch, -1 where it is hidden"""
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._pairs: dict[tuple[object, ...], Pairs] = {}
 
     @property
     def rows_of_batch(self) -> int:
@@ -80,6 +81,13 @@ class Tiles(Geometry):
         Hidden neighbours and what lies outside the image are absent; a padding by reflection reads the reflected site.
         """
         return self._plan(("halo", side, pad, extent), lambda: self._halo(side, pad, extent))
+
+    def pairs(self, near: Neighbourhood, kernel: tuple[int, int]) -> Pairs:
+        """Neighbours under a kernel, pair by pair."""
+        key = (near.side, near.pad, near.stride, near.dilation, kernel)
+        if key not in self._pairs:
+            self._pairs[key] = pairs_of(near, kernel)
+        return self._pairs[key]
 
     def _plan(self, key: tuple[object, ...], make: Callable[[], Tensor], *, dense: bool = False) -> Plan:
         if key not in self._plans:
@@ -137,9 +145,17 @@ class Tiles(Geometry):
         fill: float,
         local: bool,
         stride: tuple[int, int],
+        window: Window | None = None,
     ) -> Tensor:
         if local:
             return require_size(function(x), side)
+        if window is not None and sites.pad is None:
+            near = Neighbourhood(self, sites.side, window.pad, stride, window.dilation, 1)
+            self._require_output(near, window.kernel)
+            extent = near.extent(window.kernel)
+            plan = self.halo_plan(sites.side, window.pad, extent)
+            rows = gathered(flat(x), plan)
+            return window.function(unflat(rows if fill == 0.0 else rows.index_fill(0, plan.absent, fill), extent))
         whole = self.canvas(x, sites.side)
         if fill != 0.0:
             hidden = (self.canvas_plan(sites.side).source < 0).view(self.batch, 1, *whole.shape[2:])
@@ -163,27 +179,28 @@ class Tiles(Geometry):
         side = self.scaled(sites.side, stride)
         reach = tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
         if not any(pad.amounts) and all(r <= s for r, s in zip(reach, stride, strict=True)):
+            if reach == (1, 1) and groups == 1 and side == (1, 1):
+                return pointwise_conv2d(x, weight, bias, stride)
             return require_size(F.conv2d(x, weight, bias, stride, 0, dilation, groups), side)
-        left, right, top, bottom = pad.amounts
-        size = (self.grid[0] * sites.side[0], self.grid[1] * sites.side[1])
-        found = tuple(
-            (n + before + after - r) // s + 1
-            for n, before, after, r, s in zip(size, (top, left), (bottom, right), reach, stride, strict=True)
+        near = Neighbourhood(self, sites.side, pad, stride, dilation, groups)
+        self._require_output(near, (weight.shape[2], weight.shape[3]))
+        return tile_conv2d(x, weight, bias, near)
+
+    def _require_output(self, near: Neighbourhood, kernel: tuple[int, int]) -> None:
+        """Refuse a window whose padding is not the one that keeps tiles in place."""
+        left, right, top, bottom = near.pad.amounts
+        found = [
+            (grid * b + before + after - d * (k - 1) - 1) // s
+            for grid, b, before, after, d, k, s in zip(
+                self.grid, near.side, (top, left), (bottom, right), near.dilation, kernel, near.stride, strict=True
+            )
+        ]
+        require_size(
+            torch.empty(0, found[0] + 1, found[1] + 1),
+            (self.grid[0] * near.out_side[0], self.grid[1] * near.out_side[1]),
         )
-        require_size(x.new_empty(0, *found), (self.grid[0] * side[0], self.grid[1] * side[1]))
-        return tile_conv2d(x, weight, bias, Neighbourhood(self, sites.side, pad, stride, dilation, groups))
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
     position = position.abs()
     return torch.where(position >= size, 2 * (size - 1) - position, position)
-
-
-def flat(x: Tensor) -> Tensor:
-    """(N, C, h, w) -> (N * h * w, C); a view of what is channels last in memory."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def unflat(rows: Tensor, side: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`flat`."""
-    return rows.view(-1, *side, rows.shape[-1]).permute(0, 3, 1, 2)

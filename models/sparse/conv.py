@@ -94,7 +94,8 @@ def unflat(rows: Tensor, side: tuple[int, int]) -> Tensor:
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
     """A 1x1 convolution as a matrix product: on maps of one site convolution libraries are slower than that."""
-    rows = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+    # Strides are taken after the permutation: the gradient of a slice is laid out like what was sliced.
+    rows = x.permute(0, 2, 3, 1)[:, :: stride[0], :: stride[1]]
     return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
@@ -171,7 +172,7 @@ class _PairsConv(torch.autograd.Function):
         ctx.near, ctx.has_bias = near, bias is not None
         ctx.save_for_backward(x, weight)
         pairs = near.tiles.pairs(near, (weight.shape[2], weight.shape[3]))
-        products = _by_position(gather(flat(x), pairs.inputs), _matrices(weight), pairs.counts)
+        products = _by_position(gather(flat(x), pairs.inputs), _matrices(weight).transpose(1, 2), pairs.counts)
         rows = scatter(products, pairs.outputs)
         return unflat(rows if bias is None else rows.add_(bias), near.out_side)
 
@@ -185,20 +186,20 @@ class _PairsConv(torch.autograd.Function):
         grads = gather(rows, pairs.outputs)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            products = _by_position(grads, _matrices(weight).transpose(1, 2), pairs.counts)
+            products = _by_position(grads, _matrices(weight), pairs.counts)
             grad_x = unflat(scatter(products, pairs.inputs), near.side)
         if ctx.needs_input_grad[1]:
             inputs = gather(flat(x), pairs.inputs)
-            matrices = torch.stack(
-                [a.t() @ b for a, b in zip(inputs.split(pairs.counts), grads.split(pairs.counts), strict=True)]
-            )
-            grad_weight = matrices.view(*weight.shape[2:], *matrices.shape[1:]).permute(3, 2, 0, 1)
+            matrices = rows.new_empty(len(pairs.counts), *weight.shape[:2])
+            for a, b, matrix in zip(grads.split(pairs.counts), inputs.split(pairs.counts), matrices, strict=True):
+                torch.mm(a.t(), b, out=matrix)
+            grad_weight = matrices.view(*weight.shape[2:], *weight.shape[:2]).permute(2, 3, 0, 1)
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
 
 
 def _matrices(weight: Tensor) -> Tensor:
-    """(O, C, kh, kw) -> (kh * kw, C, O)."""
-    return weight.permute(2, 3, 1, 0).flatten(0, 1)
+    """(O, C, kh, kw) -> (kh * kw, O, C), each contiguous as matrix products want it."""
+    return weight.permute(2, 3, 0, 1).flatten(0, 1).contiguous()
 
 
 def _by_position(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:

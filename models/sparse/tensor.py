@@ -82,9 +82,21 @@ class SparseTensor(Tensor):
             return _dispatch(func, args, kwargs or {})
 
 
+class _Wrap(torch.autograd.Function):
+    """A change of type that is no view: autograd copies twice for every in-place operation on a view."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return Tensor._make_subclass(SparseTensor, tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def wrap(tensor: Tensor, sites: Sites) -> SparseTensor:
     """``tensor`` with its ``sites``; the values are not copied."""
-    wrapped = tensor if isinstance(tensor, SparseTensor) else tensor.as_subclass(SparseTensor)
+    wrapped = tensor if isinstance(tensor, SparseTensor) else _Wrap.apply(tensor)
     wrapped.sites = sites
     return wrapped
 

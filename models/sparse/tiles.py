@@ -63,7 +63,9 @@ class Tiles(Geometry):
         return self.canvas(x, sites.side)
 
     def batch_norm(self, x: Tensor, sites: Sites, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        return norm(x)
+        # As one image with one column: the same sums, and on maps of one site several times faster.
+        rows = flat(x)
+        return unflat(flat(norm(rows.view(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2))), sites.side)
 
     # --- index maps ---
 

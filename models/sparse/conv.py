@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from models.sparse.gather import Plan, gather, scatter
@@ -92,11 +93,13 @@ def unflat(rows: Tensor, side: tuple[int, int]) -> Tensor:
     return rows.view(-1, *side, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
-    """A 1x1 convolution as a matrix product: on maps of one site convolution libraries are slower than that."""
-    # Strides are taken after the permutation: the gradient of a slice is laid out like what was sliced.
-    rows = x.permute(0, 2, 3, 1)[:, :: stride[0], :: stride[1]]
-    return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
+def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution whose kernel is its stride as one matrix product: on maps of a few sites the fastest way."""
+    p, q = weight.shape[2:]
+    rows = x.permute(0, 2, 3, 1)
+    if (p, q) != (1, 1):
+        rows = rearrange(rows, "n (h p) (w q) c -> n h w (p q c)", p=p, q=q)
+    return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _canvas_conv(x: Tensor, weight: Tensor, bias: Tensor | None, near: Neighbourhood) -> Tensor:

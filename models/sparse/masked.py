@@ -21,6 +21,7 @@ class Masked(Geometry):
     def __init__(self, mask: Tensor, image_size: tuple[int, int]) -> None:
         super().__init__(mask, image_size)
         self._hidden: dict[tuple[int, int], Tensor] = {}
+        self._visible: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @property
     def rows_of_batch(self) -> int:
@@ -31,6 +32,12 @@ class Masked(Geometry):
         if side not in self._hidden:
             self._hidden[side] = upsample(self.mask, self.tile(side))
         return self._hidden[side]
+
+    def visible_sites(self, side: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Image, row and column of every visible site, image by image, row by row."""
+        if side not in self._visible:
+            self._visible[side] = (~self.hidden(side)).nonzero(as_tuple=True)
+        return self._visible[side]
 
     def tile(self, side: tuple[int, int]) -> tuple[int, int]:
         return side[0] // self.grid[0], side[1] // self.grid[1]
@@ -49,12 +56,12 @@ class Masked(Geometry):
         return values
 
     def rows(self, x: Tensor, sites: Sites) -> Tensor:
-        return x.permute(0, 2, 3, 1)[~self.hidden(sites.side)].view(self.batch, -1, x.shape[1])
+        return x.permute(0, 2, 3, 1)[self.visible_sites(sites.side)].view(self.batch, -1, x.shape[1])
 
     def from_rows(self, rows: Tensor, sites: Sites) -> Tensor:
         out = rows.new_zeros(self.batch, *sites.side, rows.shape[-1])
-        out = out.masked_scatter(~self.hidden(sites.side).unsqueeze(-1), rows)
-        return out.permute(0, 3, 1, 2).contiguous()
+        out[self.visible_sites(sites.side)] = rows.flatten(0, 1)
+        return out.permute(0, 3, 1, 2)
 
     def dense(self, x: Tensor, sites: Sites) -> Tensor:
         # Not a product: a hidden site may hold anything, infinities too.

@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.sparse.conv import Neighbourhood, Pairs, flat, pairs_of, pointwise_conv2d, tile_conv2d, unflat
+from models.sparse.conv import Neighbourhood, Pairs, flat, pairs_of, patch_conv2d, tile_conv2d, unflat
 from models.sparse.gather import Plan, gathered
 from models.sparse.geometry import Geometry, require_size
 from models.sparse.masked import padded
 from models.sparse.tensor import Pad, Sites, SparseTensor, Window, wrap
+
+
+FEW = 2
+"""Largest tile side on which a matrix product beats the library's convolution where a kernel stays inside a tile."""
 
 
 class Tiles(Geometry):
@@ -181,8 +185,12 @@ class Tiles(Geometry):
         side = self.scaled(sites.side, stride)
         reach = tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
         if not any(pad.amounts) and all(r <= s for r, s in zip(reach, stride, strict=True)):
-            if reach == (1, 1) and groups == 1 and side == (1, 1):
-                return pointwise_conv2d(x, weight, bias, stride)
+            if groups == 1 and max(side) <= FEW:
+                if reach == (1, 1) and stride != (1, 1):
+                    # Strides are taken after the permutation: the gradient of a slice is laid out like what was sliced.
+                    x = x.permute(0, 2, 3, 1)[:, :: stride[0], :: stride[1]].permute(0, 3, 1, 2)
+                if reach == (1, 1) or reach == stride == (weight.shape[2], weight.shape[3]):
+                    return patch_conv2d(x, weight, bias)
             return require_size(F.conv2d(x, weight, bias, stride, 0, dilation, groups), side)
         near = Neighbourhood(self, sites.side, pad, stride, dilation, groups)
         self._require_output(near, (weight.shape[2], weight.shape[3]))

@@ -108,6 +108,19 @@ def test_setup_names_what_is_missing(checkout: Path, tmp_path: Path) -> None:
     assert without_venv.returncode == 1 and "python3-venv" in without_venv.stderr
 
 
+def test_minkowski_names_what_is_missing(checkout: Path, tmp_path: Path) -> None:
+    assert setup(checkout).returncode == 0
+    shutil.copy(ROOT / "run" / "install_minkowski.sh", checkout / "run")
+    tools = tmp_path / "tools"  # all that the script calls, but no compiler and no apt-get
+    tools.mkdir()
+    for name in ("bash", "cmp", "dirname", "id"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    result = bash(checkout / "run" / "install_minkowski.sh", PATH=str(tools))
+    assert result.returncode == 1 and result.stdout == ""
+    assert "apt-get install g++ libopenblas-dev" in result.stderr.replace("python3-dev ", "")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_launcher_needs_an_environment_and_a_recipe(checkout: Path) -> None:
     for name in ("launch.sh", "pretrain.sh"):
         shutil.copy(ROOT / "run" / name, checkout / "run")

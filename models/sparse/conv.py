@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from models.sparse.gather import Plan, gather, scatter
-from models.sparse.tensor import Pad
+from models.sparse.tensor import Pad, padded
 
 if TYPE_CHECKING:
     from models.sparse.tiles import Tiles
@@ -63,6 +63,8 @@ class Neighbourhood:
 def choose(x: Tensor, weight: Tensor, near: Neighbourhood) -> str:
     """The fastest way for these shapes: a rule, not a measurement, so that a continued run computes what it computed."""
     kernel = (weight.shape[2], weight.shape[3])
+    if near.pad.mode not in ("constant", "reflect") or near.pad.value:
+        return "canvas"  # what lies outside the image is neither zero nor a site nearby
     if near.groups == 1 and max(near.out_side) <= SMALL and near.pad.mode == "constant" and x.device.type == "cpu":
         return "pairs"
     extent, grid = near.extent(kernel), near.tiles.grid
@@ -105,8 +107,8 @@ def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _canvas_conv(x: Tensor, weight: Tensor, bias: Tensor | None, near: Neighbourhood) -> Tensor:
     left, right, top, bottom = near.pad.amounts
     whole, padding = near.tiles.canvas(x, near.side), (top, left)
-    if left != right or top != bottom or near.pad.mode != "constant":
-        whole, padding = F.pad(whole, near.pad.amounts, near.pad.mode), (0, 0)
+    if left != right or top != bottom or near.pad.mode != "constant" or near.pad.value:
+        whole, padding = padded(whole, near.pad), (0, 0)
     out = F.conv2d(whole, weight, bias, near.stride, padding, near.dilation, near.groups)
     return near.tiles.from_canvas(out, near.out_side)
 

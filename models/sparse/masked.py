@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.masking import upsample
 from models.sparse.geometry import Geometry, require_size
-from models.sparse.tensor import Pad, Sites, SparseTensor, Window, wrap
+from models.sparse.tensor import Pad, Sites, SparseTensor, Window, padded, wrap
 
 
 class Masked(Geometry):
@@ -113,10 +113,3 @@ class Masked(Geometry):
         else:
             out = F.conv2d(padded(x, pad), weight, bias, stride, 0, dilation, groups)
         return self._erased(require_size(out, side), side)
-
-
-def padded(x: Tensor, pad: Pad | None) -> Tensor:
-    """``x`` with the padding done."""
-    if pad is None:
-        return x
-    return F.pad(x, pad.amounts, pad.mode, pad.value if pad.mode == "constant" else None)

@@ -83,6 +83,8 @@ def sparsify(
 ) -> Sparse:
     """Let ``model`` run on visible patches of ``mask_patch`` pixels (height and width, or one number for both).
 
+    ``in_chans``: channels of an image; by default what the model's first convolution takes.
+
     ``model(images, mask=mask)`` then gives what the dense network gives when nothing is seen through the mask, maps as
     (B, C, H, W) with zeros where hidden; ``model(images)`` is what it was. For feature maps before they are made
     dense, run any part of the model on :func:`sparse_images`.

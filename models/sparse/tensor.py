@@ -19,10 +19,12 @@ Shapes: ``N`` is the leading size of a map: ``B`` images, or ``B * K`` tiles; ``
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,6 +43,13 @@ class Pad:
     """left, right, top, bottom, as in torch.nn.functional.pad"""
     mode: str = "constant"
     value: float = 0.0
+
+
+def padded(x: Tensor, pad: Pad | None) -> Tensor:
+    """``x`` with the padding done."""
+    if pad is None:
+        return x
+    return F.pad(x, pad.amounts, pad.mode, pad.value if pad.mode == "constant" else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -555,7 +564,7 @@ def _conv_transpose2d(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     stride, kernel = _pair(given.get("stride", 1)), (weight.shape[2], weight.shape[3])
     still = not any((*_pair(given.get("padding", 0)), *_pair(given.get("output_padding", 0))))
     local = kernel == stride and still and _pair(given.get("dilation", 1)) == (1, 1)
-    return _neighbours(lambda v: func(v, **given), x, stride, up=True, local=local)
+    return _neighbours(functools.partial(func, **given), x, stride, up=True, local=local)
 
 
 def _pool(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -590,7 +599,7 @@ def _pool(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             kernel, Pad((columns, columns + more[1], rows, rows + more[0])), dilation, lambda v: func(v, **bare)
         )
     local = local and x.sites.pad is None
-    return _neighbours(lambda v: func(v, **given), x, stride, fill=fill, local=local, window=window)
+    return _neighbours(functools.partial(func, **given), x, stride, fill=fill, local=local, window=window)
 
 
 def _interpolate(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -611,7 +620,8 @@ def _interpolate(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         raise SparseError(f"resizing a map {factor} times: only whole multiples keep the tiles apart")
     stride = (int(factor[0]), int(factor[1]))
     given["scale_factor"] = (float(stride[0]), float(stride[1]))
-    return _neighbours(lambda v: func(v, **given), x, stride, up=True, local=given.get("mode", "nearest") == "nearest")
+    local = given.get("mode", "nearest") == "nearest"
+    return _neighbours(functools.partial(func, **given), x, stride, up=True, local=local)
 
 
 def _neighbours(

@@ -15,9 +15,7 @@ from torch import Tensor
 from models.sparse.conv import Neighbourhood, Pairs, flat, pairs_of, patch_conv2d, tile_conv2d, unflat
 from models.sparse.gather import Plan, gathered
 from models.sparse.geometry import Geometry, require_size
-from models.sparse.masked import padded
-from models.sparse.tensor import Pad, Sites, SparseTensor, Window, wrap
-
+from models.sparse.tensor import Pad, Sites, SparseTensor, Window, padded, wrap
 
 FEW = 2
 """Largest tile side on which a matrix product beats the library's convolution where a kernel stays inside a tile."""

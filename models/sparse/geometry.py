@@ -18,6 +18,8 @@ class Geometry(abc.ABC):
     """The visible patches of one batch. ``mask`` is bool (B, h, w), True = hidden, equally many in every image."""
 
     backend: str
+    recomputes = False
+    """whether values that are cheap to make again are not kept for the backward pass"""
 
     def __init__(self, mask: Tensor, image_size: tuple[int, int]) -> None:
         if mask.dim() != 3 or mask.dtype != torch.bool:

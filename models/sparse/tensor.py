@@ -21,11 +21,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.sparse.recompute import Again, relu_again, worth_it
 
 if TYPE_CHECKING:
     from models.sparse.geometry import Geometry
@@ -82,6 +85,8 @@ class SparseTensor(Tensor):
     """See the module. Made by :meth:`Geometry.enter`, turned back by :func:`dense`."""
 
     sites: Sites
+    again: Again | None = None
+    """how to make the values again instead of keeping them, where that is cheap"""
 
     @classmethod
     def __torch_function__(
@@ -106,7 +111,7 @@ class _Wrap(torch.autograd.Function):
 def wrap(tensor: Tensor, sites: Sites) -> SparseTensor:
     """``tensor`` with its ``sites``; the values are not copied."""
     wrapped = tensor if isinstance(tensor, SparseTensor) else _Wrap.apply(tensor)
-    wrapped.sites = sites
+    wrapped.sites, wrapped.again = sites, None
     return wrapped
 
 
@@ -244,6 +249,11 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             f"{_title(func)} is not known to look at one site alone: it may see hidden or miss visible ones"
         )
     _refuse_plain_rows(name, args, kwargs, sites)
+    if name == "relu" and first.again:
+        result, again = relu_again(first.again, lambda: func(*args, **kwargs))
+        out = wrap(result, sites)
+        out.again = again
+        return out
     result = func(*args, **kwargs)
     return _each(result, lambda out: _checked(name, out, dataclasses.replace(sites, clean=clean)))
 
@@ -418,7 +428,18 @@ def _batch_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if sites.kind == "image":
         return _image(func(sites.geometry.images(plain(x)), *rest, **named), sites)
     _refuse_views("batch_norm", x)
-    return _map(sites.geometry.batch_norm(_nchw(x), sites, lambda v: func(v, *rest, **named)), sites, clean=True)
+    values = plain(x)
+    out = _map(sites.geometry.batch_norm(values, sites, lambda v: func(v, *rest, **named)), sites, clean=True)
+    given = dict(
+        zip(("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), rest, strict=False)
+    )
+    given |= named
+    if sites.geometry.recomputes and given.get("training") and worth_it():
+        given |= {"running_mean": None, "running_var": None}
+        out.again = Again(
+            lambda: sites.geometry.batch_norm(values, sites, lambda v: F.batch_norm(v, **given)), plain(out)
+        )
+    return out
 
 
 def _image_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -541,9 +562,10 @@ def _conv2d(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         rows, columns = _pair(padding)
         amounts = (columns, columns, rows, rows)
     pad = _merged(x.sites.pad, amounts, "conv2d", 0.0)
-    out = x.sites.geometry.conv2d(
-        plain(x), x.sites, weight, bias, stride=stride, pad=pad, dilation=dilation, groups=given.get("groups", 1)
-    )
+    with x.again.keeping() if x.again else nullcontext():
+        out = x.sites.geometry.conv2d(
+            plain(x), x.sites, weight, bias, stride=stride, pad=pad, dilation=dilation, groups=given.get("groups", 1)
+        )
     return _map(out, x.sites, clean=True)
 
 

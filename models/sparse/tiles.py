@@ -25,6 +25,7 @@ class Tiles(Geometry):
     """Maps are (B * K, C, h, w), channels last in memory. Index maps are made once per call and shared by its layers."""
 
     backend = "tiles"
+    recomputes = True
 
     def __init__(self, mask: Tensor, image_size: tuple[int, int]) -> None:
         super().__init__(mask, image_size)

@@ -142,6 +142,30 @@ def profile(work: Callable[[], None]) -> list[dict[str, Any]]:
     ]
 
 
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Seconds and saved memory of every backend over the share of visible patches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    shares = [result["visible"][0] / result["visible"][1] for result in results]
+    for axes, key, label in zip(
+        figure.subplots(1, 2),
+        ("seconds", "saved_mib"),
+        ("seconds, forward + backward", "MiB kept for backward"),
+        strict=True,
+    ):
+        for backend in results[0][key]:
+            axes.plot(shares, [result[key][backend] for result in results], marker="o", label=backend)
+        axes.set(xlabel="share of visible patches", ylabel=label, xlim=(0, 1.02), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    first = results[0]
+    figure.suptitle(
+        f"{first['model']}, {first['image_size'][0]} x {first['image_size'][1]}, batch {first['batch']}, {first['device']}"
+    )
+    figure.savefig(file)
+
+
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=__doc__.partition("\n\n")[0])
@@ -156,7 +180,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each backend, one more is not counted")
     parser.add_argument("--backends", nargs="+", default=None, help="default: all there are")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--plot", type=Path, help="an .svg of the cost over the visible share")
+    parser.add_argument("--plot", type=Path, help="a .png or .svg of the cost over the visible share")
     args = parser.parse_args(words)
     if args.backends is None:
         args.backends = ["tiles", "masked", "dense", "dense_channels_last"]
@@ -168,6 +192,8 @@ def main(words: list[str]) -> None:
     """Print one JSON object, or a list of them for several mask ratios."""
     args = arguments(words)
     results = [bench(args, ratio) for ratio in args.mask_ratio]
+    if args.plot:
+        plot(results, args.plot)
     print(json.dumps(results[0] if len(results) == 1 else results, indent=2))
 
 

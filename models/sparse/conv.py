@@ -5,7 +5,8 @@
   wins for depthwise kernels on small tiles, where borders are larger than the tiles.
 * *pairs*: for every position in the kernel, the output sites that have a visible neighbour there are listed; their
   neighbours are gathered, multiplied by that position's matrix, and summed. Skips hidden neighbours altogether: less
-  arithmetic than the visible share of the dense convolution. Wins for full convolutions on small tiles.
+  arithmetic than the visible share of the dense convolution. Wins for full convolutions on small tiles, and for
+  depthwise ones (one number per channel and position instead of a matrix) on tiles of one site.
 
 All keep for the backward pass what the convolution was given and nothing wider: gathering again is cheap.
 """
@@ -65,7 +66,8 @@ def choose(x: Tensor, weight: Tensor, near: Neighbourhood) -> str:
     kernel = (weight.shape[2], weight.shape[3])
     if near.pad.mode not in ("constant", "reflect") or near.pad.value:
         return "canvas"  # what lies outside the image is neither zero nor a site nearby
-    if near.groups == 1 and max(near.out_side) <= SMALL and near.pad.mode == "constant" and x.device.type == "cpu":
+    largest = {1: SMALL, x.shape[1]: 1}.get(near.groups, 0)
+    if max(near.out_side) <= largest and (near.groups == 1 or len(weight) == near.groups) and x.device.type == "cpu":
         return "pairs"
     extent, grid = near.extent(kernel), near.tiles.grid
     wide = extent[0] * extent[1] / (near.side[0] * near.side[1])
@@ -177,7 +179,7 @@ class _PairsConv(torch.autograd.Function):
         ctx.near, ctx.has_bias = near, bias is not None
         ctx.save_for_backward(x, weight)
         pairs = near.tiles.pairs(near, (weight.shape[2], weight.shape[3]))
-        products = _by_position(gather(flat(x), pairs.inputs), _matrices(weight).transpose(1, 2), pairs.counts)
+        products = _by_position(gather(flat(x), pairs.inputs), weight, pairs.counts, near.groups)
         rows = scatter(products, pairs.outputs)
         return unflat(rows if bias is None else rows.add_(bias), near.out_side)
 
@@ -191,25 +193,27 @@ class _PairsConv(torch.autograd.Function):
         grads = gather(rows, pairs.outputs)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            products = _by_position(grads, _matrices(weight), pairs.counts)
+            products = _by_position(grads, weight, pairs.counts, near.groups, transposed=True)
             grad_x = unflat(scatter(products, pairs.inputs), near.side)
         if ctx.needs_input_grad[1]:
             inputs = gather(flat(x), pairs.inputs)
-            matrices = rows.new_empty(len(pairs.counts), *weight.shape[:2])
-            for a, b, matrix in zip(grads.split(pairs.counts), inputs.split(pairs.counts), matrices, strict=True):
-                torch.mm(a.t(), b, out=matrix)
-            grad_weight = matrices.view(*weight.shape[2:], *weight.shape[:2]).permute(2, 3, 0, 1)
+            found = rows.new_empty(len(pairs.counts), *weight.shape[:2])
+            for a, b, result in zip(inputs.split(pairs.counts), grads.split(pairs.counts), found, strict=True):
+                if near.groups == 1:
+                    torch.mm(b.t(), a, out=result)
+                else:
+                    torch.sum(a * b, 0, out=result.squeeze(1))
+            grad_weight = found.view(*weight.shape[2:], *weight.shape[:2]).permute(2, 3, 0, 1)
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
 
 
-def _matrices(weight: Tensor) -> Tensor:
-    """(O, C, kh, kw) -> (kh * kw, O, C), each contiguous as matrix products want it."""
-    return weight.permute(2, 3, 0, 1).flatten(0, 1).contiguous()
-
-
-def _by_position(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    """Rows of each position times that position's matrix."""
-    out = rows.new_empty(len(rows), matrices.shape[2])
-    for source, matrix, result in zip(rows.split(counts), matrices, out.split(counts), strict=True):
-        torch.mm(source, matrix, out=result)
+def _by_position(rows: Tensor, weight: Tensor, counts: list[int], groups: int, *, transposed: bool = False) -> Tensor:
+    """Rows of each position times that position's part of ``weight``: a matrix (O, C), or where depthwise (C, 1)."""
+    parts = weight.permute(2, 3, 0, 1).flatten(0, 1).contiguous()  # contiguous as matrix products want it
+    out = rows.new_empty(len(rows), weight.shape[1 if transposed and groups == 1 else 0])
+    for source, part, result in zip(rows.split(counts), parts, out.split(counts), strict=True):
+        if groups == 1:
+            torch.mm(source, part if transposed else part.t(), out=result)
+        else:
+            torch.mul(source, part.squeeze(1), out=result)
     return out

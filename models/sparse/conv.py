@@ -31,7 +31,7 @@ WIDE = 2.5
 """Sites per tile with its border, over those of the dense map per visible tile, up to which *halo* beats *canvas*.
 
 Measured on a CPU (AMD EPYC, oneDNN) for depthwise and grouped kernels of 3 to 7: equal at 2.5."""
-SMALL = 4
+SMALL = 2
 """Largest tile side on which *pairs* beats *halo* for a full convolution (the same CPU)."""
 
 

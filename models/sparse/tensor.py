@@ -105,7 +105,8 @@ class _Wrap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+        # A reentrant checkpoint reads gradients as attributes of sparse tensors, and so hands on sparse ones.
+        return plain(grad)
 
 
 def wrap(tensor: Tensor, sites: Sites) -> SparseTensor:

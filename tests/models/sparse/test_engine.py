@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.masking import random_mask, upsample
 from models.sparse import SparseError, dense, like_image, per_image, sparse_images, sparsify
@@ -247,6 +248,22 @@ def test_checkpointed_blocks_recompute_with_their_mask(backend: str, reentrant: 
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reentrant_checkpoint_may_follow_a_convolution(backend: str) -> None:
+    """The gradient that such a checkpoint hands on reaches the convolution before it."""
+    images, mask = images_of(2, 3, 16, 16), random_mask(2, (2, 2), 2, seeded())
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 4, 3, 2, 1).double(), nn.Conv2d(4, 4, 3, padding=1).double()
+    grads = []
+    for again in (False, True):
+        x = first(sparse_images(images, mask, backend))
+        out = checkpoint(second, x, use_reentrant=True) if again else second(x)
+        first.zero_grad()
+        plain(out).square().sum().backward()
+        grads.append(first.weight.grad)
+    torch.testing.assert_close(*grads)
 
 
 def test_drop_path_is_drawn_per_image() -> None:

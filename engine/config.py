@@ -200,11 +200,12 @@ def _check(config: Any, prefix: str) -> None:
             )
         if meta.get("kind") == "range" and value[0] > value[1]:
             raise ConfigError(f"{key} must be a smaller and a larger number, got {value}")
-        if meta.get("kind") in ("path", "paths", "folder") and value:
-            setattr(config, field.name, _expand(key, value, meta["kind"]))
+        words = meta.get("words", ())
+        if meta.get("kind") in ("path", "paths", "folder") and value and value not in words:
+            setattr(config, field.name, _expand(key, value, meta["kind"], words))
 
 
-def _expand(key: str, value: str, kind: str) -> str:
+def _expand(key: str, value: str, kind: str, words: tuple[str, ...]) -> str:
     """A path with ~ written out, or the list of paths; all of them must exist, unless it is a folder to be made."""
     whole = os.path.expanduser(value)
     if kind == "folder" or os.path.exists(whole):
@@ -214,7 +215,8 @@ def _expand(key: str, value: str, kind: str) -> str:
     )
     for part in parts:
         if not os.path.exists(part):
-            raise ConfigError(f"{key}: {part!r} does not exist")
+            other = f"; give a path or {' or '.join(words)}" if words else ""
+            raise ConfigError(f"{key}: {part!r} does not exist{other}")
     return ",".join(parts)
 
 

@@ -62,16 +62,16 @@ LAYER_RULES: dict[str, Callable[[Any], dict[str, int]]] = {"timm": timm_layers}
 """Names of ``optim.layer_decay_groups``: encoder -> layer of each parameter, 0 next to the pixels."""
 
 
-def undecayed(model: nn.Module) -> set[int]:
-    """The ``id`` of every parameter that a part of ``model`` asks not to be decayed (timm's ``no_weight_decay``).
+def named_by_parts(model: nn.Module, rule: str) -> set[int]:
+    """The ``id`` of every parameter that some part of ``model`` names in its method ``rule``, such as timm's ``no_weight_decay``.
 
     Not its name: a parameter that two parts share goes by the name of either.
     """
     found = set()
     for module in model.modules():
-        if callable(rule := getattr(module, "no_weight_decay", None)):
+        if callable(names := getattr(module, rule, None)):
             own = dict(module.named_parameters(remove_duplicate=False))
-            found |= {id(own[name]) for name in rule() if name in own}
+            found |= {id(own[name]) for name in names() if name in own}
     return found
 
 
@@ -79,10 +79,11 @@ def param_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups of ``method``: {params, names, lr_scale, wd_scale}, none of them empty.
 
     Not decayed: parameters of at most one dimension (norms, biases, layer scale) and those that a part of the model
-    lists in ``no_weight_decay``. With ``layer_decay`` < 1 a layer's ``lr_scale`` is ``layer_decay ** (last - layer)``,
-    counted in ``method.encoder``; what lies outside the encoder (a head) learns at the full rate.
+    lists in ``no_weight_decay``; those listed in a part's ``weight_decay_also`` are decayed all the same. With
+    ``layer_decay`` < 1 a layer's ``lr_scale`` is ``layer_decay ** (last - layer)``, counted in ``method.encoder``; what
+    lies outside the encoder (a head) learns at the full rate.
     """
-    keep = undecayed(method)
+    keep, also = (named_by_parts(method, rule) for rule in ("no_weight_decay", "weight_decay_also"))
     ids: dict[int, int] = {}
     last = 0
     if optim.layer_decay < 1:
@@ -95,7 +96,8 @@ def param_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         scale = optim.layer_decay ** (last - ids.get(id(parameter), last)) if ids else 1.0
-        decay = 0.0 if parameter.ndim <= 1 or id(parameter) in keep else 1.0
+        spared = (parameter.ndim <= 1 or id(parameter) in keep) and id(parameter) not in also
+        decay = 0.0 if spared else 1.0
         group = groups.setdefault((scale, decay), dict(params=[], names=[], lr_scale=scale, wd_scale=decay))
         group["params"].append(parameter)
         group["names"].append(name)

@@ -17,15 +17,18 @@ def option(
     lt: float | None = None,
     choices: Iterable[str] = (),
     kind: str = "",
+    words: tuple[str, ...] = (),
     instead_of: tuple[str, ...] = (),
 ) -> Any:
     """A schema field: its default, meaning, allowed range or choices.
 
     ``kind`` is "pair" for two numbers that may be given as one, "two" for two numbers, "range" for two that do not
-    fall, "path" for one that must exist, "paths" for several of them with commas between, "folder" for one to be made. Given on the command line,
-    the setting unsets those named in ``instead_of``, which a recipe may give in its place.
+    fall, "path" for one that must exist, "paths" for several of them with commas between, "folder" for one to be made;
+    one of ``words`` may stand in place of a path (a file of that name is ``./word``). Given on the command line, the
+    setting unsets those named in ``instead_of``, which a recipe may give in its place.
     """
-    metadata = dict(help=help, ge=ge, gt=gt, le=le, lt=lt, choices=tuple(choices), kind=kind, instead_of=instead_of)
+    limits = dict(ge=ge, gt=gt, le=le, lt=lt, choices=tuple(choices))
+    metadata = dict(help=help, kind=kind, words=words, instead_of=instead_of, **limits)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -62,7 +65,12 @@ class EncoderConfig:
 
     name: str = option("vit_small_patch16_224", "any timm model")
     drop_path_rate: float = option(0.0, "stochastic depth rate of the last block", ge=0, lt=1)
-    pretrained: str = option("", "weights to start from (.safetensors or .pth); empty: from scratch", kind="path")
+    pretrained: str = option(
+        "",
+        "weights to start from: true: timm's own of that name; or a .safetensors, .pth or run folder; empty: from scratch",
+        kind="path",
+        words=("true",),
+    )
     kwargs: dict[str, Any] = option({}, "further arguments of the backbone, checked against its signature")
 
 

@@ -27,6 +27,7 @@ from finetune.config import ClassifyConfig, check_classify
 from finetune.evaluate import evaluate
 from finetune.targets import binary_cross_entropy, cross_entropy, mix, soft_target
 from models.pixels import denormalise, normalise, to_unit
+from models.pretrained import describe
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +173,8 @@ def build(config: ClassifyConfig, world: World) -> tuple[Classifier, Loader, set
 def _evaluate_only(config: ClassifyConfig, world: World) -> None:
     """Evaluate the whole model in ``encoder.pretrained``."""
     started = time.perf_counter()
-    file = weights.weights_file(config.encoder.pretrained, whole=True)
-    names = weights.read_card(file).get("class_names")
     with user_errors():
+        names = describe(config.encoder.pretrained, config.encoder.name, whole=True).get("class_names")
         train_path, val_path = sets.split_paths(config.data)
         if names is None:
             names = ImageIndex.scan(train_path, classes=True).class_names

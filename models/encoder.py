@@ -12,6 +12,8 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import models.grn  # noqa: F401  (registers convnextv2_ablation in timm)
+
 _UNEXPECTED = re.compile(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'")  # Python's words, and timm's
 
 _NOT_BACKBONE = {*inspect.signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"} - {
@@ -26,10 +28,13 @@ def build_encoder(
     in_chans: int,
     image_size: tuple[int, int],
     drop_path_rate: float,
-    num_classes: int = 0,
+    num_classes: int | None = 0,
+    pretrained: bool = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A timm backbone (nn.Module) by its name; ``num_classes`` 0 leaves out the classifier.
+    """A timm backbone (nn.Module) by its name; ``num_classes`` 0 leaves out the classifier, None is timm's own number.
+
+    ``pretrained`` has timm load its own weights (see ``models.pretrained``, which is stricter than timm alone).
 
     ``kwargs`` go to the backbone's constructor. ``image_size`` and ``drop_path_rate`` do too where it knows them: a
     convnet takes any image size, and asking a backbone without stochastic depth for some is refused.
@@ -37,6 +42,14 @@ def build_encoder(
     Raises:
         ValueError: unknown name, or an argument the backbone does not have (the allowed ones are listed).
     """
+    options = dict(pretrained=pretrained, num_classes=num_classes, in_chans=in_chans)
+    return create(name, image_size=image_size, drop_path_rate=drop_path_rate, kwargs=kwargs, **options)[0]
+
+
+def create(
+    name: str, *, image_size: tuple[int, int], drop_path_rate: float, kwargs: Mapping[str, Any] | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """:func:`build_encoder`, and which of its arguments besides ``options`` the backbone was given: those that it knows."""
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or timm.list_models()[:8]
         raise ValueError(f"encoder.name={name!r} is no timm model; some that are: {', '.join(near)}")
@@ -53,7 +66,8 @@ def build_encoder(
     optional = {"img_size": image_size} | ({"drop_path_rate": drop_path_rate} if drop_path_rate else {})
     while True:
         try:
-            return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **{**optional, **asked})
+            given = {**optional, **asked}
+            return timm.create_model(name, **options, **given), given
         except (TypeError, AssertionError, RuntimeError) as error:
             found = _UNEXPECTED.search(str(error))
             if found is None or found[1] not in {*optional, *asked}:
@@ -121,7 +135,7 @@ def stage_features(encoder: Any, x: Tensor, count: int | None = None) -> list[Te
     handles = [
         # by name, as the hook of a block that is recomputed for its backward pass would run twice
         encoder.get_submodule(name).register_forward_hook(
-            lambda _m, _i, out, name=name: found.setdefault(name, out) and None
+            lambda _m, _i, out, name=name: (found.setdefault(name, out), None)[1]
         )
         for name in wanted
     ]
@@ -157,7 +171,7 @@ def unused_parameters(
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or ``.pth`` file (never unpickling code); a nested ``model`` or ``state_dict`` is opened."""
+    """Tensors of a ``.safetensors`` or ``.pth`` file (never unpickling code); a nested ``model``, ``module`` or ``state_dict`` is opened."""
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
@@ -167,7 +181,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as weights, a .safetensors or .pth of tensors ({reason})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not weights by name")
-    for key in ("model", "state_dict"):
+    for key in ("model", "module", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -176,18 +190,28 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Key prefixes of a timm model's classifier."""
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    # That is its last layer alone; in some there is a norm or another layer before, which leaves with it.
+    find: Any = getattr(model, "get_classifier", tuple)
+    whole = find()
+    parts = {id(part) for part in (whole if isinstance(whole, tuple) else (whole,))}
+    found = [name for name, module in model.named_modules() if id(module) in parts]
+    return tuple(f"{name}." for name in dict.fromkeys(([names] if isinstance(names, str) else [*names]) + found))
 
 
 def load_encoder(model: nn.Module, path: str | Path) -> list[str]:
-    """Load pre-trained weights strictly: every key must match in name and shape, only the classifier may differ.
+    """Load pre-trained weights from a file strictly: see :func:`load_state`."""
+    return load_state(model, read_state_dict(path), str(path))
 
-    Returns the classifier's keys that keep their initial values.
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> list[str]:
+    """Load ``state`` strictly: every key must match in name and shape, only the classifier may differ.
+
+    ``what`` is where the weights are from, for messages. Returns the classifier's keys that keep their initial values.
 
     Raises:
         ValueError: listing the missing, unexpected and ill-fitting keys.
     """
-    state, own, head = read_state_dict(path), model.state_dict(), head_prefixes(model)
+    own, head = model.state_dict(), head_prefixes(model)
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own and not key.startswith(head)]
     unfit = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -199,6 +223,22 @@ def load_encoder(model: nn.Module, path: str | Path) -> list[str]:
     }
     if any(wrong.values()):
         report = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:6])}" for kind, keys in wrong.items() if keys)
-        raise ValueError(f"{path} does not fit this encoder ({report}): is it the same model, size and image size?")
+        hint = _channels(model, state, unfit) or "is it the same model, size and image size?"
+        raise ValueError(f"{what} does not fit this encoder ({report}): {hint}")
     model.load_state_dict({key: state[key] for key in own if key not in fresh}, strict=False)
     return fresh
+
+
+def _channels(model: nn.Module, state: Mapping[str, Tensor], unfit: Sequence[str]) -> str:
+    """Where a first convolution differs in its input channels alone: both numbers, and what to do."""
+    for key in unfit:
+        asked, found = model.state_dict()[key].shape, state[key].shape
+        if key.removesuffix(".weight") in _first_convs(model) and (asked[0], *asked[2:]) == (found[0], *found[2:]):
+            return f"{key} is for {found[1]} input channels, the encoder asked for has {asked[1]}: set data.in_chans"
+    return ""
+
+
+def _first_convs(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that a timm model's input meets first."""
+    names = getattr(model, "default_cfg", {}).get("first_conv") or ()
+    return (names,) if isinstance(names, str) else tuple(names)

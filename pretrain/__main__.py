@@ -10,7 +10,7 @@ import torch
 from data.loader import Loader
 from data.sources import ImageIndex
 from engine import cli
-from engine.config import user_errors
+from engine.config import ConfigError, user_errors
 from engine.ds import micro_batch_size
 from engine.loop import Hooks, dry_run, fit
 from engine.report import record
@@ -23,7 +23,12 @@ NUM_PICTURES = 8
 
 def check(config: Any) -> None:
     """What only the method knows about its settings."""
-    METHODS[config.method].check(config)
+    kind = METHODS[config.method]
+    if config.data.val_path and not hasattr(kind, "evaluate"):
+        raise ConfigError(
+            f"data.val_path has no effect on {config.method}, which measures nothing but its loss: remove it"
+        )
+    kind.check(config)
 
 
 def build(config: Any, world: World) -> tuple[Any, Loader, ImageIndex]:
@@ -63,11 +68,15 @@ def run(config: Any, world: World) -> None:
 
 
 def _evaluator(config: Any, world: World, index: ImageIndex, named: set[str]) -> Any:
-    """Evaluate on a fixed part of the training set, each image counted once over all processes."""
+    """Evaluate on ``data.val_path`` or a fixed part of the training set, each image counted once over all processes."""
     from data.transforms import EvalTransform
 
     transform = EvalTransform(tuple(config.data.image_size), crop_ratio=1.0)
-    part = index.subset(min(len(index), 2048), config.seed)
+    if config.data.val_path:
+        with user_errors():
+            part = ImageIndex.scan(config.data.val_path, classes=False)
+    else:
+        part = index.subset(min(len(index), 2048), config.seed)
     loader = _loader(config, world, part, transform, training=False)
     loader.named = named
 

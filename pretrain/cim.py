@@ -24,10 +24,10 @@ from engine.files import file_digest
 from engine.schema import CropConfig, DataConfig, EncoderConfig, option
 from models.beit import BEiT
 from models.dvae import FrozenTokenizer, load_tokenizer
-from models.encoder import build_encoder, feature_stride, load_encoder, spatial_features, unused_parameters
+from models.encoder import build_encoder, feature_stride, spatial_features, unused_parameters
 from models.masking import blockwise_mask, mask_range, num_masked, random_mask, upsample
 from models.pixels import as_rgb, denormalise, normalise, patch_statistics, to_unit, window_statistics
-from pretrain.export import save_encoder
+from pretrain.export import check_start, save_encoder, start_encoder
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class CIM(nn.Module):
     @staticmethod
     def check(config: _Config) -> None:
         """Refuse settings that do not fit each other, before anything is built."""
+        check_start(config)
         cim, data = config.cim, config.data
         if not cim.tokenizer and cim.corruption == "generator":
             raise ConfigError(
@@ -134,8 +135,7 @@ class CIM(nn.Module):
             drop_path_rate=config.encoder.drop_path_rate,
             kwargs=config.encoder.kwargs,
         )
-        if config.encoder.pretrained:
-            load_encoder(self.encoder, config.encoder.pretrained)
+        start_encoder(self.encoder, config)
         if self.tokenizer is not None:
             shared = self._shared_parts() if cim.shared_blocks >= 0 else {}
             self.generator = BEiT(

@@ -16,11 +16,11 @@ from torchvision.utils import make_grid
 from data.transforms import CropResize
 from engine.config import ConfigError
 from engine.schema import CropConfig, DataConfig, EncoderConfig, option
-from models.encoder import build_encoder, load_encoder, stage_features, unused_parameters
+from models.encoder import build_encoder, stage_features, unused_parameters
 from models.masking import random_mask, upsample
 from models.pixels import as_rgb, denormalise, normalise, patch_statistics, patchify, to_unit, unpatchify
 from models.sparse import BACKENDS, sparse_images, sparsify
-from pretrain.export import save_encoder
+from pretrain.export import check_start, save_encoder, start_encoder
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class MaskedAutoencoder(nn.Module):
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse settings that do not fit each other, before anything is built."""
+        check_start(config)
         masked: MaskedConfig = getattr(config, cls.section)
         size, patch = config.data.image_size, masked.mask_patch
         if any(side % p for side, p in zip(size, patch, strict=True)):
@@ -88,7 +89,8 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, config: Any, num_stages: int) -> None:
         super().__init__()
-        self.config, self.masked = config, getattr(config, self.section)
+        self.config = config
+        self.masked: MaskedConfig = getattr(config, self.section)
         data, masked = config.data, self.masked
         self.patch = (masked.mask_patch[0], masked.mask_patch[1])
         self.grid = (data.image_size[0] // self.patch[0], data.image_size[1] // self.patch[1])
@@ -103,8 +105,7 @@ class MaskedAutoencoder(nn.Module):
                 kwargs=config.encoder.kwargs,
             )
         )
-        if config.encoder.pretrained:
-            load_encoder(self.encoder, config.encoder.pretrained)
+        start_encoder(self.encoder, config)
         if masked.backend != "dense":
             # Only for its check: the network itself runs on sparse images as it is.
             sparsify(self.encoder, self.patch, masked.backend, in_chans=data.in_chans).restore()

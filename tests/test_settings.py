@@ -61,13 +61,17 @@ def assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def aliases(tree: ast.AST, section: str, classes: frozenset[str]) -> set[str]:
-    """What a module calls a section: ``.section``, parameters of its type, and whatever is assigned from these."""
+    """What a module calls a section: ``.section``, names annotated with its type, and whatever is assigned from these."""
     found = {"config"} if section == "config" else {f".{section}"}
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
             names = {part.id for part in ast.walk(node.annotation or node) if isinstance(part, ast.Name)}
             if names & classes or node.arg == section:
                 found.add(node.arg)
+        elif (
+            isinstance(node, ast.AnnAssign) and isinstance(node.annotation, ast.Name) and node.annotation.id in classes
+        ):
+            found.add(owner_text(node.target))
     pairs = list(assignments(tree))
     while True:
         more = {owner_text(target) for target, value in pairs if owner_text(value) in found} - found - {""}

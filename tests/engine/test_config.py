@@ -309,3 +309,22 @@ def test_paths_with_commas_and_of_the_home_folder(tmp_path: Path, monkeypatch: p
     assert config.encoder.pretrained == str(tmp_path / "a,b")
     with pytest.raises(ConfigError, match=r"/nothing' does not exist"):
         load(RunConfig, {}, ["encoder.pretrained=~/nothing"], "recipe")
+
+
+def test_a_word_in_place_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``true`` is timm's own weights even beside a file of that name, in a resolved recipe too; ``./true`` is the file."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"encoder\.pretrained: './true' does not exist; give a path or true"):
+        load(RunConfig, {}, ["encoder.pretrained=./true"], "recipe")
+    for _ in range(2):
+        config = load(RunConfig, {}, ["encoder.pretrained=true"], "recipe")
+        assert config.encoder.pretrained == "true"
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert load(RunConfig, read_recipe(tmp_path / "config.yaml"), [], "recipe").encoder.pretrained == "true"
+        (tmp_path / "true").touch()
+    assert load(RunConfig, {}, ["encoder.pretrained=./true"], "recipe").encoder.pretrained == "./true"
+    with pytest.raises(ConfigError, match=r"encoder\.pretrained must be str, got True: put it in quotes"):
+        load(RunConfig, {"encoder": {"pretrained": True}}, [], "recipe")
+    with pytest.raises(ConfigError, match=r"data\.path: 'true' does not exist"):
+        (tmp_path / "true").unlink()
+        load(BaseConfig, {}, ["data.path=true"], "recipe")

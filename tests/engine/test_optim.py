@@ -155,6 +155,27 @@ def test_a_part_deep_inside_is_asked_too() -> None:
     assert decays == {"outer.0.weight": 1, "outer.0.bias": 0, "outer.1.inner.table": 0, "outer.1.inner.weight": 1}
 
 
+class Decaying(Part):
+    """Asks for the decay of a vector, and of what it also asks to be spared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(2))
+        self.beta = nn.Parameter(torch.zeros(2))
+
+    def weight_decay_also(self) -> set[str]:
+        return {"gamma", "table"}
+
+
+def test_a_part_may_ask_for_decay_where_there_would_be_none() -> None:
+    method = nn.Module()
+    method.outer = nn.ModuleDict({"inner": Decaying()})
+    groups = param_groups(method, OptimConfig())
+    assert_complete(method, groups)
+    decays = {name.rpartition(".")[2]: scale for name, scale in by_name(groups, "wd_scale").items()}
+    assert decays == {"gamma": 1.0, "table": 1.0, "weight": 1.0, "beta": 0.0}
+
+
 @pytest.mark.parametrize("first", ["part", "alias"])
 def test_an_undecayed_parameter_is_spared_under_whichever_name_comes_first(first: str) -> None:
     """A part that another one shares is listed once, perhaps not under the name of the part that speaks for it."""

@@ -13,7 +13,8 @@ from torch import nn
 from engine.config import ConfigError
 from engine.schema import EncoderConfig
 from finetune.config import FinetuneData
-from finetune.weights import build, resolve, save_model, weights_file
+from finetune.weights import build, resolve, save_model
+from tests.models.published import publish
 
 VIT = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 POOLED = VIT | {"global_pool": "avg", "fc_norm": False}
@@ -125,10 +126,9 @@ def test_another_normalisation_is_warned_about(pretrained: Path, caplog: pytest.
     assert "data.mean=[0.1, 0.2]" in caplog.text
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path, pretrained: Path) -> None:
-    assert weights_file(str(pretrained)) == pretrained / "encoder.safetensors"
+def test_a_folder_without_weights_is_refused(pretrained: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
-        weights_file(str(pretrained), whole=True)
+        resolve(encoder(pretrained), images(), whole=True)
     (pretrained / "encoder.json").write_text("[]")
     with pytest.raises(ConfigError, match="does not describe an encoder"):
         resolve(encoder(pretrained), images())
@@ -200,6 +200,32 @@ def test_initial_weights_follow_from_the_seed() -> None:
         return build(encoder(), images(), seed, num_classes=3).get_parameter("head.weight")
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
+
+
+@pytest.mark.parametrize(("num_classes", "kept"), [(1000, True), (3, False)])
+def test_timms_own_weights_are_fine_tuned(
+    num_classes: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two channels and 32 x 48 pixels instead of timm's three and 160 x 160; its classifier stays if it fits."""
+    published = publish("test_vit", tmp_path, monkeypatch)
+    asked = encoder("true", "test_vit", {})
+    resolve(asked, images())
+    assert not caplog.text  # its images were normalised by 0.5, too
+    model = build(asked, images(32, 48), seed=0, num_classes=num_classes, head_init_scale=0.5)
+    own = model.state_dict()
+    assert torch.equal(own["blocks.1.attn.qkv.weight"], published["blocks.1.attn.qkv.weight"])
+    assert own["pos_embed"].shape[1] == 1 + 2 * 3 and own["patch_embed.proj.weight"].shape[1] == 2
+    assert (num_classes == 1000 and torch.equal(own["head.weight"], published["head.weight"])) == kept
+    if not kept:
+        with pytest.raises(ConfigError, match=r"encoder\.pretrained=true has no classifier for these 3 classes"):
+            build(asked, images(32, 48), seed=0, num_classes=num_classes, whole=True)
+
+
+def test_timms_own_weights_need_a_name_that_has_some() -> None:
+    with pytest.raises(ConfigError, match=r"say of which encoder\.name"):
+        resolve(encoder("true", ""), images())
+    with pytest.raises(ConfigError, match="timm has no weights of 'convnextv2_small'"):
+        resolve(encoder("true", "convnextv2_small"), images())
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto"])

@@ -68,7 +68,7 @@ class Golden:
             value = fill.tensor(*key)
             if value is not None:
                 sha.update(np.ascontiguousarray(value).tobytes())
-                state[key[0]] = torch.from_numpy(np.ascontiguousarray(value))
+                state[key[0]] = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))  # scalars stay so
         declared = self.meta.get("weights_sha256")
         if declared is not None and declared != sha.hexdigest():
             raise GoldenError(f"{self.path}: the filled weights do not have the sha256 of the file")
@@ -101,12 +101,17 @@ class Kind:
 
     name: str
     recognise: Callable[[Golden], bool]
-    run: Callable[[Golden, Mapping[str, Tensor], torch.dtype], dict[str, Any]]
-    """(golden, official float32 state dict, precision) -> quantity name -> tensor, number, or name -> number in file order."""
+    run: Callable[..., dict[str, Any]]
+    """(golden, official float32 state dict, precision[, variant]) -> quantity name -> tensor, number, or name -> number in
+    file order."""
     not_outputs: frozenset[str] = frozenset()
     """Entries that the run reads rather than produces."""
     tolerance: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Quantity, or its first dotted part -> tolerated relative error in float64 and in float32, where not ``TOLERANCE``."""
+    variants: tuple[str, ...] = ()
+    """Ways of computing the same, such as the backends of sparse encoding: each is run and compared, named to ``run``."""
+    noise: float = 0.0
+    """Where released float32 is noisy: ours may differ by so many times what the file's own float32 and float64 do."""
 
 
 TOLERANCE = (1e-9, 1e-5)
@@ -120,6 +125,7 @@ class Line:
     float64: float | None
     float32: float | None
     tolerance: tuple[float, float]
+    variant: str = ""
 
     @property
     def ok(self) -> bool:
@@ -130,26 +136,61 @@ class Line:
     def __str__(self) -> str:
         f64, f32 = ("-" if e is None else f"{e:.1e}" for e in (self.float64, self.float32))
         verdict = "ok" if self.ok else f"FAIL (tolerance {self.tolerance[0]:.0e}, {self.tolerance[1]:.0e})"
-        return f"{self.quantity:<44} float64 {f64:>8}  float32 {f32:>8}  {verdict}"
+        name = f"{self.quantity} ({self.variant})" if self.variant else self.quantity
+        return f"{name:<52} float64 {f64:>8}  float32 {f32:>8}  {verdict}"
 
 
 def check(golden: Golden, kind: Kind) -> list[Line]:
-    """Run our network in both precisions and compare every quantity that the file holds."""
+    """Run our network in both precisions, and in every variant of the kind, and compare each quantity that the file holds."""
     weights = golden.weights()
-    errors: dict[torch.dtype, dict[str, float | None]] = {}
     names = [name for name in golden.quantities() if name not in kind.not_outputs]
-    for dtype in (torch.float64, torch.float32):
-        outputs = kind.run(golden, weights, dtype)
-        errors[dtype] = {name: relative_error(golden, name, outputs.get(name), dtype) for name in names}
-    return [
-        Line(
-            name,
-            errors[torch.float64][name],
-            errors[torch.float32][name],
-            kind.tolerance.get(name, kind.tolerance.get(name.split(".")[0], TOLERANCE)),
-        )
-        for name in names
-    ]
+    lines = []
+    tolerances = _tolerances(golden, kind, names)
+    for variant in kind.variants or ("",):
+        errors: dict[torch.dtype, dict[str, float | None]] = {}
+        for dtype in (torch.float64, torch.float32):
+            outputs = kind.run(golden, weights, dtype, *([variant] if variant else []))
+            errors[dtype] = {name: relative_error(golden, name, outputs.get(name), dtype) for name in names}
+        lines += [
+            Line(name, errors[torch.float64][name], errors[torch.float32][name], tolerances[name], variant)
+            for name in names
+        ]
+    return lines
+
+
+def _tolerances(golden: Golden, kind: Kind, names: list[str]) -> dict[str, tuple[float, float]]:
+    """Tolerated errors in float64 and float32.
+
+    A number whose noise is small by luck may have that of half of its like (the same first part of the name), or of the file.
+    """
+    like = {name: name.split(".")[0] for name in names}
+    found = {name: kind.tolerance.get(name, kind.tolerance.get(like[name], TOLERANCE)) for name in names}
+    if not kind.noise:
+        return found
+    noise = {name: _own_noise(golden, name) for name in names}
+
+    def usual(first: str) -> float:
+        values = [value for name, value in noise.items() if value and first in ("", like[name])]
+        return float(np.median(values)) if values else 0.0
+
+    return {
+        name: (float64, max(float32, kind.noise * max(noise[name], usual(like[name]), usual(""))))
+        for name, (float64, float32) in found.items()
+    }
+
+
+def _own_noise(golden: Golden, name: str) -> float:
+    """Relative distance of the file's float32 numbers from its float64 ones, 0 where it has not both."""
+    found = [0.0]
+    for part in ("", "sub", "norm"):
+        low, high = (golden.reference(name, part, dtype) for dtype in (torch.float32, torch.float64))
+        if low is None or high is None or high.dtype.kind != "f":
+            continue
+        if name.endswith("_norms"):  # one number per parameter, each compared by itself
+            found += [_distance(a, b) for a, b in zip(np.atleast_1d(low), np.atleast_1d(high), strict=False)]
+        else:
+            found.append(_distance(low, high))
+    return max(found)
 
 
 def relative_error(golden: Golden, name: str, output: Any, dtype: torch.dtype) -> float | None:

@@ -15,6 +15,7 @@ from models.encoder import load_encoder, spatial_features
 from models.pixels import normalise, to_unit
 from pretrain.cim import CIM, sample_tokens
 from pretrain.methods import SCHEMAS
+from tests.models.published import publish
 
 H, W, PATCH = 32, 48, 8
 """Not square; a grid of 4 x 6 tokens."""
@@ -301,6 +302,26 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_built(
 def test_networks_that_do_not_fit_say_what_to_do(tokenizer: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(tokenizer, *overrides)
+
+
+@pytest.mark.parametrize("shared", [-1, 1])
+def test_it_starts_from_timms_own_weights(
+    tokenizer: Path, shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The enhancer's; of the generator only what it shares."""
+    published = publish("test_vit", tmp_path, monkeypatch)
+    words = [f"cim.shared_blocks={shared}", "cim.generator_dim=64", "cim.patch_size=16", "encoder.kwargs={}"]
+    words += ["data.image_size=[64,96]"]
+    method = build(tokenizer, *words, "encoder.pretrained=true")
+    own = method.encoder.state_dict()
+    assert own["pos_embed"].shape[1] == 1 + 4 * 6  # timm's is of 10 x 10 patches
+    assert all(torch.equal(value, published[key]) for key, value in own.items() if key != "pos_embed")
+    mine = method.generator.state_dict()
+    assert torch.equal(mine["patch_embed.proj.weight"], own["patch_embed.proj.weight"]) == (shared == 1)
+    scratch = build(tokenizer, *words).head.state_dict()
+    assert torch.equal(scratch["weight"], method.head.state_dict()["weight"])
+    with pytest.raises(ConfigError, match="has no weights of 'beit_nothing'"):
+        CIM.check(config(tokenizer, "encoder.name=beit_nothing", "encoder.pretrained=true"))
 
 
 def test_other_channel_counts(tmp_path: Path) -> None:

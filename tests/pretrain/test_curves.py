@@ -24,10 +24,20 @@ CIM = [
     *["digits_cim", "train.warmup_epochs=0", "train.warmup_steps=5", "cim.generator_dim=32", "cim.generator_heads=2"],
     *["encoder.kwargs={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}", "cim.generator_depth=2"],
 ]
+FCMAE = [
+    *["digits_fcmae", "train.warmup_epochs=0", "train.warmup_steps=5", "fcmae.decoder_dim=16"],
+    "encoder.kwargs={output_stride: 8, depths: [1, 1, 1, 1], dims: [8, 16, 16, 24]}",
+]
+SPARK = [
+    *["digits_spark", "train.warmup_epochs=0", "train.warmup_steps=5", "data.image_size=48", "spark.decoder_dim=32"],
+    "encoder.kwargs={output_stride: 8, layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}",
+]
 CURVES = {
     "cim_respix": CIM,
     "cim_revdet": [*CIM, "cim.objective=revdet"],
     "dvae": ["digits_dvae", "dvae.width=8", "dvae.decoder_init_width=8", "dvae.vocab_size=16"],
+    "fcmae": FCMAE,
+    "spark": SPARK,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from engine.cli import read_config
 from engine.config import check_run, settings
+from engine.ds import read_ds_config, stage_of
 from engine.schedule import Plan, peak_lr
 from finetune.tasks import SCHEMAS as TASKS
 from pretrain.__main__ import PROGRAM
@@ -122,6 +123,151 @@ def test_every_number_names_its_source(recipe: str) -> None:
     ]
     assert len(lines) >= 6
     assert [line for line in lines if "#" not in line] == []
+
+
+FCMAE_TABLE: dict[str, Any] = {
+    # ConvNeXt V2, appendix A.1, as docs/errata.md reads it: the released command and its defaults
+    "encoder.kwargs": {},
+    "encoder.drop_path_rate": 0.0,
+    "data.image_size": [224, 224],
+    "data.in_chans": 3,
+    "crop.crop_scale": [0.2, 1.0],
+    "crop.crop_ratio": [0.75, 4 / 3],
+    "crop.hflip": 0.5,
+    "optim.name": "adamw",
+    "optim.base_lr": 1.5e-4,
+    "optim.lr": None,
+    "optim.min_lr": 0.0,
+    "optim.warmup_lr": 0.0,
+    "optim.betas": [0.9, 0.95],
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.05,
+    "optim.weight_decay_end": None,
+    "optim.clip_grad": 0.0,
+    "optim.layer_decay": 1.0,
+    "train.epochs": 1600.0,
+    "train.warmup_epochs": 40.0,
+    "train.batch_size": 4096,
+    "train.ema_decay": 0.0,
+    "fcmae.mask_patch": [32, 32],
+    "fcmae.mask_ratio": 0.6,
+    "fcmae.norm_target": True,
+    "fcmae.loss_on": "masked",
+    "fcmae.backend": "tiles",
+    "fcmae.decoder_dim": 512,
+    "fcmae.decoder_depth": 1,
+    "fcmae.decoder_grn": True,
+    "fcmae.grn": "grn",
+    "fcmae.grn_aggregation": "l2",
+    "fcmae.grn_normalisation": "divisive",
+    "fcmae.grn_residual": True,
+    "fcmae.grn_scope": "image",
+    "fcmae.grn_decay": False,
+    "fcmae.init": "timm",
+}
+FCMAE_SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+FCMAE_RECIPES: dict[str, dict[str, Any]] = {
+    **{f"fcmae_convnextv2_{size}": {"encoder.name": f"convnextv2_{size}"} for size in FCMAE_SIZES},
+    # table 7: V1, whose blocks have no GRN
+    "fcmae_convnext_base": {"encoder.name": "convnext_base", "train.epochs": 800.0, "fcmae.decoder_grn": False},
+}
+
+
+@pytest.mark.parametrize("recipe", FCMAE_RECIPES)
+def test_fcmae_recipe_holds_its_table(recipe: str) -> None:
+    config = read_config(PROGRAM, recipe, [])
+    table = FCMAE_TABLE | FCMAE_RECIPES[recipe]
+    wrong = {key: (value(config, key), known) for key, known in table.items() if value(config, key) != known}
+    assert not wrong
+    assert peak_lr(config.optim, config.train.batch_size) == pytest.approx(2.4e-3)
+    plan = Plan.make(config.optim, config.train, 1_281_167 // config.train.batch_size)
+    assert plan.steps_per_epoch == 312 and plan.steps == 312 * table["train.epochs"]
+    assert plan.lr.max() == plan.lr[312 * 40] == pytest.approx(2.4e-3) and plan.lr[0] == 0
+    assert set(plan.weight_decay) == {0.05}
+
+
+@pytest.mark.parametrize("recipe", FCMAE_RECIPES)
+def test_every_number_of_fcmae_names_its_source(recipe: str) -> None:
+    head, _, body = (RECIPES / f"{recipe}.yaml").read_text().partition("\nmethod:")
+    assert "arXiv:2301.00808" in head and "facebookresearch/ConvNeXt-V2" in head and "docs/errata.md" in head
+    numbers = [line for line in body.splitlines() if re.match(r"  \w+: (\[?[\d.]|true|false|adamw)", line)]
+    assert len(numbers) >= 19 and [line for line in numbers if "#" not in line] == []
+
+
+SPARK_TABLE: dict[str, Any] = {
+    # SparK's released command and its defaults (commit a63e386), as docs/errata.md reads them
+    "encoder.kwargs": {},
+    "data.image_size": [224, 224],
+    "data.in_chans": 3,
+    "crop.crop_scale": [0.67, 1.0],
+    "crop.crop_ratio": [0.75, 4 / 3],
+    "crop.hflip": 0.5,
+    "optim.name": "lamb",
+    "optim.base_lr": 2e-4,
+    "optim.lr": None,
+    "optim.min_lr": 3.2e-6,
+    "optim.warmup_lr": 1.6e-5,
+    "optim.eps": 1e-6,
+    "optim.weight_decay": 0.04,
+    "optim.weight_decay_end": 0.2,
+    "optim.clip_grad": 5.0,
+    "optim.layer_decay": 1.0,
+    "train.epochs": 1600.0,
+    "train.warmup_epochs": 40.0,
+    "train.batch_size": 4096,
+    "train.ema_decay": 0.0,
+    "spark.mask_patch": [32, 32],
+    "spark.mask_ratio": 0.6,
+    "spark.backend": "tiles",
+    "spark.norm_target": True,
+    "spark.loss_on": "masked",
+    "spark.num_stages": 4,
+    "spark.hierarchy": True,
+    "spark.pos_embed": False,
+    "spark.decoder_dim": 768,
+}
+SPARK_RESNET: dict[str, Any] = {"optim.betas": [0.9, 0.95], "spark.densify_norm": "batch"}
+SPARK_CONVNEXT: dict[str, Any] = {"optim.betas": [0.9, 0.999], "spark.densify_norm": "layer"}
+SPARK_RECIPES: dict[str, dict[str, Any]] = {
+    **{
+        f"spark_resnet{depth}": SPARK_RESNET | {"encoder.name": f"resnet{depth}", "encoder.drop_path_rate": rate}
+        for depth, rate in ((50, 0.05), (101, 0.08), (152, 0.1), (200, 0.15))
+    },
+    **{
+        f"spark_convnext_{size}": SPARK_CONVNEXT | {"encoder.name": f"convnext_{size}", "encoder.drop_path_rate": rate}
+        for size, rate in (("small", 0.2), ("base", 0.3), ("large", 0.4))
+    },
+}
+SPARK_RECIPES["spark_convnext_large_384"] = SPARK_RECIPES["spark_convnext_large"] | {
+    "data.image_size": [384, 384],
+    "spark.mask_ratio": 0.75,
+    "train.batch_size": 2048,
+    "optim.base_lr": 4e-4,
+}
+
+
+@pytest.mark.parametrize("recipe", SPARK_RECIPES)
+def test_spark_recipe_holds_its_table(recipe: str) -> None:
+    config = read_config(PROGRAM, recipe, [])
+    table = SPARK_TABLE | SPARK_RECIPES[recipe]
+    wrong = {key: (value(config, key), known) for key, known in table.items() if value(config, key) != known}
+    assert not wrong
+    peak = peak_lr(config.optim, config.train.batch_size)
+    assert peak == pytest.approx(3.2e-3)
+    assert (config.optim.warmup_lr, config.optim.min_lr) == pytest.approx((0.005 * peak, 0.001 * peak))
+    assert stage_of(read_ds_config(config.deepspeed)) == 0  # LAMB
+    plan = Plan.make(config.optim, config.train, 1_281_167 // config.train.batch_size)
+    per_epoch = 1_281_167 // config.train.batch_size
+    assert plan.steps == 1600 * per_epoch and plan.lr.max() == plan.lr[40 * per_epoch] == pytest.approx(3.2e-3)
+    assert (plan.weight_decay[0], plan.weight_decay[-1]) == pytest.approx((0.04, 0.2))
+
+
+@pytest.mark.parametrize("recipe", SPARK_RECIPES)
+def test_every_number_of_spark_names_its_source(recipe: str) -> None:
+    head, _, body = (RECIPES / f"{recipe}.yaml").read_text().partition("\nmethod:")
+    assert "arXiv:2301.03580" in head and "keyu-tian/SparK" in head and "docs/errata.md" in head
+    numbers = [line for line in body.splitlines() if re.match(r"  (?!name: (resnet|convnext))\w+: ", line)]
+    assert len(numbers) == 20 and [line for line in numbers if "#" not in line] == []
 
 
 def test_a_run_on_imagenet_is_the_published_length() -> None:

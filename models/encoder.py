@@ -129,6 +129,9 @@ def stage_features(encoder: Any, x: Tensor, count: int | None = None) -> list[Te
     """Feature maps of the last ``count`` scales (all by default), finest first, each (B, D, h, w).
 
     They are what timm's ``feature_info`` names, before any head; ``x`` may be a sparse image, and the maps then are too.
+
+    Raises:
+        ValueError: a scale's module did not run, as where timm's gradient checkpointing goes around whole stages.
     """
     wanted = [info["module"] for info in stages(encoder, count)]
     found: dict[str, Tensor] = {}
@@ -144,6 +147,10 @@ def stage_features(encoder: Any, x: Tensor, count: int | None = None) -> list[Te
     finally:
         for handle in handles:
             handle.remove()
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"{type(encoder).__name__} did not run {', '.join(missing)} as a module: switch its gradient checkpointing off"
+        )
     maps = [found[name] for name in wanted]
     return maps if getattr(encoder, "output_fmt", "NCHW") == "NCHW" else [m.permute(0, 3, 1, 2) for m in maps]
 

@@ -323,7 +323,7 @@ def test_pooled_values_go_to_and_from_images() -> None:
 
 def test_autocast_runs_in_low_precision_and_goes_back() -> None:
     """bf16 convolutions, float32 weights and gradients."""
-    model = timm.create_model("resnet10t", num_classes=0)
+    model: Any = timm.create_model("resnet10t", num_classes=0)
     images, mask = torch.randn(2, 3, 64, 64), random_mask(2, (2, 2), 2)
     with torch.autocast("cpu", torch.bfloat16):
         features = model.forward_features(sparse_images(images, mask))

@@ -187,17 +187,19 @@ def _names(text: str) -> frozenset[str]:
 _LOCAL_UNARY_ZERO = _names(
     """relu relu6 silu gelu hardswish leaky_relu elu selu tanh mish prelu softsign tanhshrink abs neg square sqrt
     clone contiguous detach to float double half bfloat16 type type_as cpu cuda requires_grad alias dropout
-    alpha_dropout nan_to_num sin hardshrink softshrink prelu celu rrelu"""
+    nan_to_num sin hardshrink softshrink celu rrelu"""
 )
 """Functions of one site alone that leave zeros where they are."""
 _LOCAL_LINEAR_ZERO = _names("""add sub iadd isub radd rsub cat concat stack where""")
 """Of several maps, all zero where hidden, they are too."""
-_LOCAL_PRODUCT = _names("""mul imul rmul div truediv itruediv multiply""")
+_LOCAL_PRODUCT = _names("""mul imul rmul multiply""")
+_LOCAL_QUOTIENT = _names("""div truediv itruediv""")
+"""Zero where the maps are; of a quotient the first, as long as nothing is divided by a map."""
 _LOCAL_ANY = _names(
     """sigmoid hardsigmoid logsigmoid hardtanh softplus exp log log1p expm1 pow rpow ipow rsqrt reciprocal rtruediv
-    clamp clip clamp_min clamp_max maximum minimum lerp addcmul addcdiv erf cos threshold glu softmin atan
+    clamp clip clamp_min clamp_max maximum minimum lerp addcmul addcdiv erf cos threshold atan
     erfinv sign local_response_norm fill zero copy eq ne lt le gt ge isnan isinf isfinite logical_not
-    logical_and logical_or masked_fill normalize channel_shuffle native_channel_shuffle is_same_size bitwise_not
+    logical_and logical_or masked_fill alpha_dropout channel_shuffle native_channel_shuffle is_same_size bitwise_not
     invert"""
 )
 _SHAPED = _names(
@@ -238,10 +240,12 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if name in _SHAPED:
         return _shaped(name, func, args, kwargs, first)
     if name in _LOCAL_UNARY_ZERO or name in _LOCAL_PRODUCT:
-        clean = any(value.sites.clean for value in maps)
+        clean = all(value.sites.clean for value in maps)
+    elif name in _LOCAL_QUOTIENT:
+        clean = len(maps) == 1 and maps[0] is args[0] and maps[0].sites.clean
     elif name in _LOCAL_LINEAR_ZERO:
         others = [value for value in _tensors((*args, *kwargs.values())) if not any(value is m for m in maps)]
-        scalars = any(isinstance(value, (int, float)) and value for value in args[:2])
+        scalars = any(isinstance(value, (int, float)) and value for value in (*args[:2], kwargs.get("other")))
         clean = all(value.sites.clean for value in maps) and not others and not scalars
     elif name in _LOCAL_ANY:
         clean = False
@@ -404,6 +408,19 @@ def _reduce(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     rows = sites.geometry.rows(_nchw(x), sites)  # (B, sites, C)
     pooled = func(rows, *args[1:position], dim=1, **rest)
     return _image(pooled[keep] if keepdim else pooled, sites)
+
+
+def _along(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A function along one axis, such as softmax: local along the channels."""
+    x: SparseTensor = args[0]
+    position, default = {"normalize": (2, 1), "glu": (1, -1)}.get(func.__name__, (1, None))
+    dim = _take("dim", position, args, kwargs, default)
+    if x.sites.kind == "image":
+        return _of_images(func.__name__, func, args, kwargs, x.sites)
+    channels = {"nchw": 1, "nhwc": 3}.get(x.sites.kind)
+    if channels is None or not isinstance(dim, int) or dim % 4 != channels:
+        raise SparseError(f"{_title(func)} along the axis {dim} of a map of {tuple(x.shape)} is not along its channels")
+    return _checked(func.__name__, func(*args, **kwargs), dataclasses.replace(x.sites, clean=False))
 
 
 def _adaptive_pool(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -691,6 +708,7 @@ _HANDLERS: dict[str, Callable[[Callable[..., Any], Any, Any], Any]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "linear": _linear,
+    **dict.fromkeys(("softmax", "log_softmax", "softmin", "normalize", "glu"), _along),
     "bernoulli": _random,
     "uniform": _random,
     "normal": _random,

@@ -429,3 +429,20 @@ def test_dense_backend_is_zero_outing() -> None:
     x = sparse_images(images, mask, "dense")
     assert not isinstance(x, SparseTensor)
     assert torch.equal(x, images.masked_fill(upsample(mask, (4, 4)).unsqueeze(1), 0))
+
+
+class Along(nn.Module):
+    """Functions along the channels, in both orders of axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = F.normalize(x.softmax(1) + F.log_softmax(x, dim=1), dim=1).permute(0, 2, 3, 1)
+        return F.glu(torch.cat([turned, turned.softmax(-1)], dim=-1)).permute(0, 3, 1, 2)
+
+
+def test_functions_along_the_channels_are_local() -> None:
+    model = randomised(Odd(Along())).train()
+    model.forward_features = model.forward  # type: ignore[assignment]
+    images, mask = images_of(3, 3, 48, 64), random_mask(3, (3, 4), 7, seeded())
+    assert difference(*(run(model, sparse_images(images, mask, backend)) for backend in BACKENDS)) < TOLERANCE
+    with pytest.raises(SparseError, match="not along its channels"):
+        F.normalize(sparse_images(images, mask), dim=2)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -16,6 +17,8 @@ from models.encoder import (
     pooled_features,
     read_state_dict,
     spatial_features,
+    stage_features,
+    stages,
 )
 
 VIT: dict[str, Any] = dict(embed_dim=24, num_heads=2, depth=2)
@@ -241,3 +244,35 @@ def test_a_file_of_something_else_is_the_users_error(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list, not weights by name"):
         read_state_dict(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050", "regnetx_002"])
+def test_stage_features_are_timms(name: str) -> None:
+    """The maps of timm's own ``features_only`` network, of non-square images, and the strides it tells."""
+    torch.manual_seed(0)
+    whole = timm.create_model(name, num_classes=0).eval()
+    only = timm.create_model(name, features_only=True).eval()
+    only.load_state_dict(
+        {
+            key: whole.state_dict()[key.replace("stages_", "stages.").replace("stem_", "stem.")]
+            for key in only.state_dict()
+        }
+    )
+    x = torch.randn(3, 3, 64, 96)
+    expected = only(x)
+    found = stage_features(whole, x)
+    assert len(found) == len(expected) == len(stages(whole))
+    for ours, theirs, scale in zip(found, expected, stages(whole), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        assert ours.shape[1:] == (scale["num_chs"], 64 // scale["reduction"], 96 // scale["reduction"])
+    assert [f.shape for f in stage_features(whole, x, 2)] == [f.shape for f in expected[-2:]]
+    with pytest.raises(ValueError, match="scales"):
+        stages(whole, 9)
+
+
+def test_stage_features_say_what_did_not_run() -> None:
+    """timm's checkpointing of a ResNet runs the blocks of a stage, not the stage."""
+    model: Any = timm.create_model("resnet10t", num_classes=0)
+    model.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match=r"layer4.*gradient checkpointing"):
+        stage_features(model, torch.randn(1, 3, 64, 64, requires_grad=True))

@@ -135,6 +135,10 @@ def stage_features(encoder: Any, x: Tensor, count: int | None = None) -> list[Te
     """
     wanted = [info["module"] for info in stages(encoder, count)]
     found: dict[str, Tensor] = {}
+    if unknown := [name for name in wanted if name not in dict(encoder.named_modules())]:
+        raise ValueError(
+            f"{type(encoder).__name__} tells of {', '.join(unknown)}, which are no modules of it: choose another"
+        )
     handles = [
         # by name, as the hook of a block that is recomputed for its backward pass would run twice
         encoder.get_submodule(name).register_forward_hook(

@@ -5,6 +5,7 @@ A method adds how it decodes: :meth:`MaskedAutoencoder.predict`. Shapes: ``B`` i
 """
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,9 @@ from engine.schema import CropConfig, DataConfig, EncoderConfig, option
 from models.encoder import build_encoder, stage_features, unused_parameters
 from models.masking import random_mask, upsample
 from models.pixels import as_rgb, denormalise, normalise, patch_statistics, patchify, to_unit, unpatchify
-from models.sparse import BACKENDS, sparse_images, sparsify
+from models.sparse import BACKENDS, sparse_images
+from models.sparse.check import check as check_sparse
+from models.sparse.sparsify import geometry_of
 from pretrain.export import check_start, save_encoder, start_encoder
 
 log = logging.getLogger(__name__)
@@ -106,10 +109,9 @@ class MaskedAutoencoder(nn.Module):
             )
         )
         start_encoder(self.encoder, config)
-        if masked.backend != "dense":
-            # Only for its check: the network itself runs on sparse images as it is.
-            sparsify(self.encoder, self.patch, masked.backend, in_chans=data.in_chans).restore()
-        features = lambda encoder, x: stage_features(encoder, x, num_stages)  # noqa: E731
+        features = functools.partial(stage_features, count=num_stages)
+        if masked.backend != "dense":  # the network itself runs on sparse images as it is
+            check_sparse(self.encoder, geometry_of(masked.backend), self.patch, data.in_chans, features)
         for name in unused_parameters(self.encoder, size, data.in_chans, features):
             # Left trainable they would only be decayed towards zero, and handed on like that.
             log.info("encoder.%s is not used in pre-training: it keeps its initial value", name)

@@ -17,6 +17,7 @@ from models.masking import random_mask
 from models.sparse.geometry import Geometry
 from models.sparse.masked import Masked
 from models.sparse.tensor import SparseError, dense
+from models.sparse.tiles import Tiles
 
 TOLERANCE = 1e-9
 """Largest difference, relative to the largest value, that rounding in float64 may explain."""
@@ -43,15 +44,20 @@ def check(
     size = (GRID[0] * mask_patch[0], GRID[1] * mask_patch[1])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, in_chans, *size, generator=generator, dtype=torch.float64)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    tried = Tiles if geometry is Masked else geometry  # the reference is compared with another backend, too
+    with torch.random.fork_rng(devices=[]):
         double = randomised(model)
+        mask = random_mask(2, GRID, HIDDEN[0], generator)
+        _try_random(double, model, run, tried(mask, size).enter(images))
+        double.train()
+        _compare_gradients(double, run, tried(mask, size).enter(images), Masked(mask, size).enter(images), tried)
         for training in (True, False):
             double.train(training)
             for hidden in HIDDEN:
                 mask = random_mask(2, GRID, hidden, generator)
-                _compare(double, run, geometry(mask, size).enter(images), Masked(mask, size).enter(images), geometry)
+                _compare(double, run, tried(mask, size).enter(images), Masked(mask, size).enter(images), tried)
             nothing = torch.zeros_like(mask)
-            _compare(double, run, geometry(nothing, size).enter(images), images, geometry)
+            _compare(double, run, tried(nothing, size).enter(images), images, tried)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -69,23 +75,42 @@ def randomised(model: nn.Module) -> nn.Module:
             drawn = 0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64)
         value.data.copy_(drawn)
     for module in double.modules():
-        for rate in ("p", "drop_prob", "drop_rate"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+        for rate in _rates(module):
+            setattr(module, rate, 0.0)
     return double
+
+
+def _rates(module: nn.Module) -> dict[str, float]:
+    """A module's rates of dropout and stochastic depth."""
+    found = {rate: getattr(module, rate, None) for rate in ("p", "drop_prob", "drop_rate")}
+    return {rate: value for rate, value in found.items() if isinstance(value, float)}
+
+
+def _try_random(double: nn.Module, model: nn.Module, run: Callable[[Any, Tensor], Any], x: Tensor) -> None:
+    """What is drawn at random must know of tiles, too: one pass with the rates there are, whose values mean nothing."""
+    for copied, module in zip(double.modules(), model.modules(), strict=True):
+        for rate, value in _rates(module).items():
+            setattr(copied, rate, value)
+    with torch.no_grad(), _named_errors(double.train()):
+        run(double, x)
+    for copied in double.modules():
+        for rate in _rates(copied):
+            setattr(copied, rate, 0.0)
 
 
 def _compare(
     model: nn.Module, run: Callable[[Any, Tensor], Any], x: Tensor, reference: Tensor, geometry: type[Geometry]
 ) -> None:
-    with _named_errors(model):
+    with torch.no_grad(), _named_errors(model):
         found = _tensors(dense(run(model, x)))
-    expected = _tensors(dense(run(model, reference)))
+        expected = _tensors(dense(run(model, reference)))
+    if not found:
+        raise SparseError(f"{type(model).__name__} returns no tensor that could be compared")
     if all(_close(a, b) for a, b in zip(found, expected, strict=True)):
         return
-    with _trace(model) as ours:
+    with torch.no_grad(), _trace(model) as ours:
         run(model, x)
-    with _trace(model) as theirs:
+    with torch.no_grad(), _trace(model) as theirs:
         run(model, reference)
     for (path, call), a in ours.items():
         b = theirs.get((path, call))
@@ -97,13 +122,42 @@ def _compare(
     raise SparseError(f"{type(model).__name__} is not exact on {geometry.backend}, and no module of it shows where")
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max().clamp(min=1e-30))
+def _compare_gradients(
+    model: nn.Module, run: Callable[[Any, Tensor], Any], x: Tensor, reference: Tensor, geometry: type[Geometry]
+) -> None:
+    """Gradients of all parameters: a function of its own may have a backward pass that knows nothing of tiles."""
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+    def gradients(x: Tensor) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(2)
+        total = torch.zeros((), dtype=torch.float64)
+        for out in _tensors(dense(run(model, x))):
+            total = total + (out * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
+        return list(torch.autograd.grad(total, list(parameters.values()), allow_unused=True))
+
+    with _named_errors(model):
+        found, expected = gradients(x), gradients(reference)
+    largest = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
+    for name, a, b in zip(parameters, found, expected, strict=True):
+        if (a is None) != (b is None) or (a is not None and b is not None and not _close(a, b, floor=1e-3 * largest)):
+            path = name.rpartition(".")[0]
+            raise SparseError(
+                f"the gradient of {name} is not exact on {geometry.backend}: {_described(model, path)}, or what follows it, "
+                "has a backward pass that looks beyond the visible part of a map"
+            )
+
+
+def _close(a: Tensor, b: Tensor, floor: float = 1e-30) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max().clamp(min=floor))
 
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
     return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 

@@ -21,8 +21,14 @@ def sparse_images(images: Tensor, mask: Tensor, backend: str = "tiles") -> Tenso
     through which the network sees that something is hidden (SparK, table 5: zero-outing).
 
     Raises:
-        SparseError: the mask's grid does not divide the image, or images show different numbers of patches.
+        SparseError: the mask's grid does not divide the image, images show different numbers of patches, or shapes do
+            not belong together.
     """
+    if not isinstance(mask, Tensor) or mask.dim() != 3 or images.dim() != 4 or len(mask) != len(images):
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise SparseError(
+            f"images of shape {tuple(images.shape)} with a mask {given}: give images (B, C, H, W) and a mask (B, h, w)"
+        )
     size = (images.shape[2], images.shape[3])
     if backend == "dense":
         return dense(Masked(mask, size).enter(images))
@@ -30,7 +36,11 @@ def sparse_images(images: Tensor, mask: Tensor, backend: str = "tiles") -> Tenso
 
 
 def geometry_of(backend: str) -> type[Geometry]:
-    """The class behind a backend's name."""
+    """The class behind a backend's name.
+
+    Raises:
+        SparseError: no such backend, or MinkowskiEngine is not installed.
+    """
     if backend == "minkowski":
         from models.sparse.minkowski import Minkowski
 
@@ -101,8 +111,11 @@ def sparsify(
 
 
 def _features(model: Any, x: Tensor) -> Any:
-    """A timm model's last feature map (its head sees one pooled value per image); any other network's output."""
-    return model.forward_features(x) if hasattr(model, "forward_features") else model(x)
+    """What ``model(x)`` computes; of a timm model the last map beside the head's output, whose pooling hides differences."""
+    if not hasattr(model, "forward_features"):
+        return model(x)
+    features = model.forward_features(x)
+    return [features, model.forward_head(features)] if hasattr(model, "forward_head") else features
 
 
 def _in_chans(model: nn.Module) -> int:

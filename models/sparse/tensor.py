@@ -87,6 +87,8 @@ class SparseTensor(Tensor):
     sites: Sites
     again: Again | None = None
     """how to make the values again instead of keeping them, where that is cheap"""
+    kept_version: int = 0
+    """the values' version when ``sites`` was said of them"""
 
     @classmethod
     def __torch_function__(
@@ -112,7 +114,7 @@ class _Wrap(torch.autograd.Function):
 def wrap(tensor: Tensor, sites: Sites) -> SparseTensor:
     """``tensor`` with its ``sites``; the values are not copied."""
     wrapped = tensor if isinstance(tensor, SparseTensor) else _Wrap.apply(tensor)
-    wrapped.sites, wrapped.again = sites, None
+    wrapped.sites, wrapped.again, wrapped.kept_version = sites, None, wrapped._version
     return wrapped
 
 
@@ -131,8 +133,9 @@ def dense(value: Any) -> Any:
             return sites.geometry.dense(_nchw(value), sites)
     if isinstance(value, dict):
         return {key: dense(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(dense(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        items = [dense(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
@@ -198,8 +201,8 @@ _LOCAL_QUOTIENT = _names("""div truediv itruediv""")
 _LOCAL_ANY = _names(
     """sigmoid hardsigmoid logsigmoid hardtanh softplus exp log log1p expm1 pow rpow ipow rsqrt reciprocal rtruediv
     clamp clip clamp_min clamp_max maximum minimum lerp addcmul addcdiv erf cos threshold atan
-    erfinv sign local_response_norm fill zero copy eq ne lt le gt ge isnan isinf isfinite logical_not
-    logical_and logical_or masked_fill alpha_dropout channel_shuffle native_channel_shuffle is_same_size bitwise_not
+    erfinv sign fill zero copy eq ne lt le gt ge isnan isinf isfinite logical_not
+    logical_and logical_or masked_fill alpha_dropout is_same_size bitwise_not
     invert"""
 )
 _SHAPED = _names(
@@ -207,12 +210,15 @@ _SHAPED = _names(
     expand_as view_as reshape_as chunk split split_with_sizes tensor_split unbind getitem narrow select
     index_select permute rearrange"""
 )
+_TURNS = _names("transpose swapaxes swapdims movedim moveaxis index_select")
+"""Of these, views that may turn a map over: not a map until its shape is said again."""
 _REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "norm": 2, "linalg_vector_norm": 2}
 """Reductions, and where their ``dim`` stands among the arguments."""
+_IN_PLACE = _names("iadd isub imul itruediv ipow")
 _QUESTIONS = _names(
     """size dim stride numel nelement element_size is_floating_point is_complex is_contiguous data_ptr get_device
     storage_offset untyped_storage ndimension is_nonzero len repr str format hash requires_grad_ register_hook
-    backward retain_grad item tolist has_names is_inference numpy deepcopy reduce_ex"""
+    backward retain_grad item tolist has_names is_inference numpy reduce_ex"""
 )
 """What is asked of a tensor, without making one."""
 
@@ -229,12 +235,16 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     sites = first.sites
     if any(value.sites.geometry is not sites.geometry for value in found):
         raise SparseError(f"{name} of features of two masks: features of one call only can be put together")
+    for value in found:
+        if value.kept_version != value._version and value.sites.clean:  # changed in place, perhaps through a view
+            value.sites = dataclasses.replace(value.sites, clean=False)
+    sites = first.sites
+    if name not in ("conv2d", "max_pool2d", "avg_pool2d") and any(value.sites.pad for value in maps):
+        raise SparseError(f"{name} of a padded map: only a convolution or pooling may follow the padding")
     if name in _HANDLERS:
         return _HANDLERS[name](func, args, kwargs)
     if not maps:
         return _of_images(name, func, args, kwargs, sites)
-    if any(value.sites.pad for value in maps):
-        raise SparseError(f"{name} of a padded map: only a convolution or pooling may follow the padding")
     if name in _REDUCTIONS:
         return _reduce(name, func, args, kwargs)
     if name in _SHAPED:
@@ -294,7 +304,10 @@ def _each(result: Any, change: Callable[[Tensor], Any]) -> Any:
 def _attribute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
     if isinstance(result, Tensor) and not isinstance(result, SparseTensor):
-        if result.shape != args[0].shape:
+        if (
+            getattr(getattr(func, "__self__", None), "__name__", "") in ("T", "mT", "H", "mH")
+            or result.shape != args[0].shape
+        ):
             raise SparseError("transposing a map by attribute is not supported: use permute")
         return wrap(result, args[0].sites)
     return result
@@ -302,16 +315,10 @@ def _attribute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 def _refuse_plain_rows(name: str, args: Any, kwargs: Any, sites: Sites) -> None:
     """A plain tensor with a row per tile was made by something that does not know of tiles, such as a random number each."""
-    rows = sites.geometry.rows_of_batch
-    for value in _tensors((*args, *kwargs.values())):
-        if (
-            not isinstance(value, SparseTensor)
-            and value.dim() == 4
-            and value.shape[0] == rows > 1
-            and not value.is_leaf
-        ):
-            raise SparseError(f"{name} with a plain tensor of shape {tuple(value.shape)} that lost its mask on the way")
-        if type(value) is Tensor and value.dim() == 4 and value.shape[0] == rows > 1:
+    rows, values = sites.geometry.rows_of_batch, _tensors((*args, *kwargs.values()))
+    axes = max(value.dim() for value in values)
+    for value in values:
+        if not isinstance(value, SparseTensor) and value.dim() == axes and value.shape[0] == rows > 1:
             raise SparseError(
                 f"{name} with a plain tensor of shape {tuple(value.shape)}, which knows nothing of the mask"
             )
@@ -327,14 +334,30 @@ def _checked(name: str, out: Tensor, sites: Sites) -> SparseTensor:
 
 
 def _of_images(name: str, func: Callable[..., Any], args: Any, kwargs: Any, sites: Sites) -> Any:
-    """Functions of pooled values alone: all rows of an image are equal and stay so."""
-    rows = sites.geometry.rows_of_batch
-    result = func(*args, **kwargs)
+    """Functions of pooled values alone run on one row per image; views keep the rows that shapes speak of."""
+    geometry = sites.geometry
+    if name in _SHAPED:
+
+        def same(out: Tensor) -> SparseTensor:
+            if out.dim() == 0 or out.shape[0] != geometry.rows_of_batch:
+                raise SparseError(f"{name} of pooled values makes a tensor of {tuple(out.shape)}: it mixes images")
+            return wrap(out, sites)
+
+        return _each(func(*args, **kwargs), same)
+
+    def single(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(single(item) for item in value)
+        return geometry.images(plain(value)).clone() if isinstance(value, SparseTensor) else value
+
+    result = func(*single(args), **{key: single(value) for key, value in kwargs.items()})
+    if (func.__name__.endswith("_") and not func.__name__.endswith("__")) or name in _IN_PLACE or kwargs.get("inplace"):
+        return wrap(args[0].copy_(geometry.spread(result)), sites)
 
     def change(out: Tensor) -> SparseTensor:
-        if out.dim() == 0 or out.shape[0] != rows:
+        if out.dim() == 0 or out.shape[0] != geometry.batch:
             raise SparseError(f"{name} of pooled values makes a tensor of {tuple(out.shape)}: it mixes images")
-        return wrap(out, sites)
+        return _image(out, sites)
 
     return _each(result, change)
 
@@ -344,6 +367,8 @@ def _shaped(name: str, func: Callable[..., Any], args: Any, kwargs: Any, x: Spar
     sites, rows = x.sites, x.sites.geometry.rows_of_batch
     _refuse_plain_rows(name, args, kwargs, sites)
     result = func(*args, **kwargs)
+    if args[0] is not x:  # something made as large as the map
+        sites = dataclasses.replace(sites, clean=False)
 
     def change(out: Tensor) -> SparseTensor:
         shape = tuple(out.shape)
@@ -361,6 +386,8 @@ def _shaped(name: str, func: Callable[..., Any], args: Any, kwargs: Any, x: Spar
                 # Sites of a tile that became channels, as in a stem from space to depth.
                 return wrap(out, dataclasses.replace(sites, kind="nchw", side=(shape[2], shape[3])))
         kind = sites.kind if sites.kind in kinds else (kinds or ["other"])[0]
+        if name in _TURNS and x.dim() == 4:
+            kind = "other"
         if name == "permute" and x.dim() == 4 and kinds:
             order = [d % 4 for d in (args[1] if isinstance(args[1], (tuple, list)) else args[1:])]
             if sites.kind == "nchw" and order == [0, 2, 3, 1]:
@@ -386,6 +413,10 @@ def _reduce(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     x: SparseTensor = args[0]
     sites, position = x.sites, _REDUCTIONS[name]
     dim = _take("dim", position, args, kwargs)
+    if isinstance(dim, bool):
+        raise SparseError(f"{name} of a whole map of {tuple(x.shape)} mixes images: say dim=")
+    if name in ("var", "std") and len(args) > 2:  # x.var(dim, unbiased, keepdim)
+        kwargs, args = {"unbiased": args[2], **({"keepdim": args[3]} if len(args) > 3 else {}), **kwargs}, args[:2]
     dims = [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or [])]
     spatial = {"nchw": {2, 3}, "nhwc": {1, 2}}.get(sites.kind)
     if sites.kind == "other" and x.dim() > 3 and tuple(x.shape[-2:]) == sites.side:
@@ -423,6 +454,15 @@ def _along(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return _checked(func.__name__, func(*args, **kwargs), dataclasses.replace(x.sites, clean=False))
 
 
+def _channels_first(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Functions that take the second axis for the channels."""
+    x: SparseTensor = args[0]
+    if x.sites.kind == "image":
+        return _of_images(func.__name__, func, args, kwargs, x.sites)
+    _refuse_views(func.__name__, x)
+    return _checked(func.__name__, func(*args, **kwargs), dataclasses.replace(x.sites, clean=False))
+
+
 def _adaptive_pool(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     x: SparseTensor = args[0]
     size = _take("output_size", 1, args, kwargs)
@@ -439,6 +479,10 @@ def _norm_args(args: Any, kwargs: Any) -> tuple[SparseTensor, Any, Any]:
     return x, args[1:] if args else (), {key: value for key, value in kwargs.items() if key != "input"}
 
 
+_BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+"""Arguments of torch.nn.functional.batch_norm after its input."""
+
+
 def _batch_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Statistics over the visible sites of the whole batch."""
     x, rest, named = _norm_args(args, kwargs)
@@ -448,15 +492,13 @@ def _batch_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     _refuse_views("batch_norm", x)
     values = plain(x)
     out = _map(sites.geometry.batch_norm(values, sites, lambda v: func(v, *rest, **named)), sites, clean=True)
-    given = dict(
-        zip(("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), rest, strict=False)
-    )
-    given |= named
-    if sites.geometry.recomputes and given.get("training") and worth_it():
-        given |= {"running_mean": None, "running_var": None}
-        out.again = Again(
-            lambda: sites.geometry.batch_norm(values, sites, lambda v: F.batch_norm(v, **given)), plain(out)
-        )
+    if func is F.batch_norm and sites.geometry.recomputes and worth_it():
+        given = dict(zip(_BATCH_NORM, rest, strict=False)) | named
+        if given.get("training"):
+            given |= {"running_mean": None, "running_var": None}
+            again = functools.partial(F.batch_norm, **given)
+            sources = [values, *(v for v in (given.get("weight"), given.get("bias")) if v is not None)]
+            out.again = Again(lambda: sites.geometry.batch_norm(values, sites, again), sources, plain(out))
     return out
 
 
@@ -708,13 +750,13 @@ _HANDLERS: dict[str, Callable[[Callable[..., Any], Any, Any], Any]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "linear": _linear,
+    **dict.fromkeys(("local_response_norm", "channel_shuffle", "native_channel_shuffle"), _channels_first),
     **dict.fromkeys(("softmax", "log_softmax", "softmin", "normalize", "glu"), _along),
     "bernoulli": _random,
     "uniform": _random,
     "normal": _random,
     "dropout2d": _channel_dropout,
     "feature_dropout": _channel_dropout,
-    "feature_alpha_dropout": _channel_dropout,
     **dict.fromkeys(
         ("new_empty", "new_ones", "new_zeros", "new_full", "new_tensor", "ones_like", "zeros_like", "empty_like"), _new
     ),

@@ -37,13 +37,22 @@ table() {
 }
 
 folders=()
+failed=()
 for setting in "${settings[@]}"; do
     read -ra words <<<"$setting"
     folder=$out/${setting//[^A-Za-z0-9._=-]/_}
+    # One setting that does not work is named at the end; what the others measured is shown all the same.
+    if ! launch pretrain "$recipe" "${images[@]}" "output_dir=$folder" "${common[@]}" "${words[@]}"; then
+        failed+=("$setting")
+        continue
+    fi
     folders+=("$folder")
-    launch pretrain "$recipe" "${images[@]}" "output_dir=$folder" "${common[@]}" "${words[@]}"
     mapfile -t as_trained < <(table --knn "$folder")
     launch finetune knn "${images[@]}" "${as_trained[@]}" data.eval_crop_ratio=1.0 "encoder.pretrained=$folder" \
-        "output_dir=$folder/knn"
+        "output_dir=$folder/knn" || failed+=("$setting (k-NN)")
 done
-table "${folders[@]}"
+[ ${#folders[@]} -eq 0 ] || table "${folders[@]}"
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'fcmae_mask_sweep: failed, see above: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

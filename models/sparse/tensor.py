@@ -190,7 +190,7 @@ def _names(text: str) -> frozenset[str]:
 _LOCAL_UNARY_ZERO = _names(
     """relu relu6 silu gelu hardswish leaky_relu elu selu tanh mish prelu softsign tanhshrink abs neg square sqrt
     clone contiguous detach to float double half bfloat16 type type_as cpu cuda requires_grad alias dropout
-    nan_to_num sin hardshrink softshrink celu rrelu"""
+    nan_to_num sin hardshrink softshrink celu"""
 )
 """Functions of one site alone that leave zeros where they are."""
 _LOCAL_LINEAR_ZERO = _names("""add sub iadd isub radd rsub cat concat stack where""")
@@ -362,6 +362,10 @@ def _of_images(name: str, func: Callable[..., Any], args: Any, kwargs: Any, site
     return _each(result, change)
 
 
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def _shaped(name: str, func: Callable[..., Any], args: Any, kwargs: Any, x: SparseTensor) -> Any:
     """Views: the same values in another order of axes. A 4-axis view with the map's sides is a map again."""
     sites, rows = x.sites, x.sites.geometry.rows_of_batch
@@ -386,7 +390,8 @@ def _shaped(name: str, func: Callable[..., Any], args: Any, kwargs: Any, x: Spar
                 # Sites of a tile that became channels, as in a stem from space to depth.
                 return wrap(out, dataclasses.replace(sites, kind="nchw", side=(shape[2], shape[3])))
         kind = sites.kind if sites.kind in kinds else (kinds or ["other"])[0]
-        if name in _TURNS and x.dim() == 4:
+        picked = name == "getitem" and any(isinstance(i, (Tensor, list)) for i in _as_tuple(args[1]))
+        if (name in _TURNS or picked) and x.dim() == 4:
             kind = "other"
         if name == "permute" and x.dim() == 4 and kinds:
             order = [d % 4 for d in (args[1] if isinstance(args[1], (tuple, list)) else args[1:])]

@@ -328,6 +328,8 @@ def test_autocast_runs_in_low_precision_and_goes_back() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         features = model.forward_features(sparse_images(images, mask))
     assert plain(features).dtype == torch.bfloat16
+    wide = plain(model.forward_features(sparse_images(images, mask)))
+    assert float((plain(features) - wide).norm() / wide.norm()) < 0.05
     plain(features).float().square().mean().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads)
@@ -577,6 +579,8 @@ def test_masked_is_told_what_changed_in_place_through_a_view() -> None:
         lambda x: x.mT,
         lambda x: F.local_response_norm(x.permute(0, 2, 3, 1), 3),
         lambda x: F.conv2d(x.transpose(2, 3), torch.zeros(1, 3, 1, 1, dtype=x.dtype)),
+        lambda x: F.conv2d(x[:, :, [1, 0, 2, 3, 4, 5, 6, 7]], torch.zeros(1, 3, 1, 1, dtype=x.dtype)),
+        lambda x: F.rrelu(x, training=True),
         lambda x: F.feature_alpha_dropout(x, 0.5, True),
     ],
 )

@@ -1,5 +1,6 @@
 """Sparse encoding of a network as it is: in place, reversible, with a mask given per call."""
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,11 +90,17 @@ class Sparse:
 
 
 def sparsify(
-    model: nn.Module, mask_patch: int | tuple[int, int], backend: str = "tiles", *, in_chans: int | None = None
+    model: nn.Module,
+    mask_patch: int | tuple[int, int],
+    backend: str = "tiles",
+    *,
+    in_chans: int | None = None,
+    head: bool = True,
 ) -> Sparse:
     """Let ``model`` run on visible patches of ``mask_patch`` pixels (height and width, or one number for both).
 
-    ``in_chans``: channels of an image; by default what the model's first convolution takes.
+    ``in_chans``: channels of an image; by default what the model's first convolution takes. ``head=False`` tries a timm
+    model's ``forward_features`` alone, for heads that need a map of a certain size.
 
     ``model(images, mask=mask)`` then gives what the dense network gives when nothing is seen through the mask, maps as
     (B, C, H, W) with zeros where hidden; ``model(images)`` is what it was. For feature maps before they are made
@@ -106,16 +113,16 @@ def sparsify(
     """
     patch = (mask_patch, mask_patch) if isinstance(mask_patch, int) else mask_patch
     if backend != "dense":
-        check(model, geometry_of(backend), patch, in_chans or _in_chans(model), _features)
+        check(model, geometry_of(backend), patch, in_chans or _in_chans(model), functools.partial(_run, head=head))
     return Sparse(model, backend)
 
 
-def _features(model: Any, x: Tensor) -> Any:
+def _run(model: Any, x: Tensor, *, head: bool) -> Any:
     """What ``model(x)`` computes; of a timm model the last map beside the head's output, whose pooling hides differences."""
     if not hasattr(model, "forward_features"):
         return model(x)
     features = model.forward_features(x)
-    return [features, model.forward_head(features)] if hasattr(model, "forward_head") else features
+    return [features, model.forward_head(features)] if head and hasattr(model, "forward_head") else features
 
 
 def _in_chans(model: nn.Module) -> int:

@@ -522,7 +522,9 @@ def _image_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _layer_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     x: SparseTensor = args[0]
     shape = _take("normalized_shape", 1, args, kwargs)
-    if x.sites.kind != "image" and (x.sites.kind == "nchw" or len(shape) != 1):
+    if x.sites.kind == "image":
+        return _of_images(func.__name__, func, args, kwargs, x.sites)
+    if x.sites.kind == "nchw" or len(shape) != 1:
         raise SparseError(
             f"layer_norm over {tuple(shape)} of a map of {tuple(x.shape)} reaches beyond the channels of a site"
         )

@@ -1,7 +1,7 @@
 """Is sparse encoding of a network exact? Tried on the network itself before it is used.
 
-A float64 copy with *randomised* weights runs on random images three ways: tiles against masked at two mask ratios, and
-without a mask against the plain network. At initialisation zero gains and layer scales of 1e-6 would hide whole
+A float64 copy with *randomised* weights runs on random images three ways: tiles against masked at two mask ratios,
+gradients too, and without a mask against the plain network. At initialisation zero gains and layer scales of 1e-6 would hide whole
 branches, and with them what is wrong there: hence the random weights, which only the copy ever sees.
 """
 
@@ -117,7 +117,7 @@ def _compare(
         if b is not None and not _close(a, b):
             raise SparseError(
                 f"{_described(model, path)} is not exact on {geometry.backend}: it looks beyond the visible part of a "
-                "map in a way that is not known here; use backend=masked or dense, or another encoder"
+                "map in a way that is not known here; use backend=dense, or another encoder"
             )
     raise SparseError(f"{type(model).__name__} is not exact on {geometry.backend}, and no module of it shows where")
 

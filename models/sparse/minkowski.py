@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.sparse.conv import Neighbourhood, flat, unflat
+from models.sparse.functions import pair
 from models.sparse.geometry import require_size
-from models.sparse.tensor import Pad, Sites, SparseError, SparseTensor, Window, _pair, plain
+from models.sparse.tensor import Pad, Sites, SparseError, SparseTensor, Window, plain
 from models.sparse.tiles import Tiles
 
 
@@ -135,8 +136,8 @@ class Minkowski(Tiles):
             raise SparseError(f"{name} is not computed by backend=minkowski: use backend=tiles")
         if sites.pad is not None:
             raise SparseError(f"{name} of a map that was padded before is not computed by backend=minkowski")
-        kernel, dilation = _pair(given["kernel_size"]), _pair(given.get("dilation", 1))
-        rows, columns = _pair(given.get("padding", 0))
+        kernel, dilation = pair(given["kernel_size"]), pair(given.get("dilation", 1))
+        rows, columns = pair(given.get("padding", 0))
         more = (stride[0] - 1, stride[1] - 1) if given.get("ceil_mode") else (0, 0)  # a last, incomplete window
         region = Region(self, sites.side, side, kernel, stride, dilation)
         pad = Pad((columns, columns + more[1], rows, rows + more[0]))

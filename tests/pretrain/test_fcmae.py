@@ -28,6 +28,7 @@ from models.sparse import dense
 from pretrain.__main__ import PROGRAM
 from pretrain.fcmae import FCMAE
 from pretrain.methods import SCHEMAS
+from tests.pretrain.autoencoders import image_and_mask, roused, seeded
 from tests.shared import SHARED, needs_shared
 
 H, W, PATCH = 96, 128, 32
@@ -49,26 +50,6 @@ def build(*overrides: str) -> FCMAE:
 def batch(images: int = 3, in_chans: int = 3, size: tuple[int, int] = (H, W)) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(1)
     return {"image": torch.randint(0, 256, (images, in_chans, *size), dtype=torch.uint8, generator=draw)}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def roused(method: FCMAE) -> FCMAE:
-    """Gains, biases and layer scales of moderate size, in float64: at first GRN is the identity and V1's branches are 1e-6."""
-    draw = seeded(7)
-    for name, parameter in method.named_parameters():
-        if parameter.ndim == 1:
-            near = 0.0 if name.endswith("bias") else 0.7
-            parameter.data.copy_(near + 0.3 * torch.randn(parameter.shape, generator=draw))
-    return method.double()
-
-
-def images_and_mask(method: FCMAE, images: int = 3) -> tuple[Tensor, Tensor]:
-    size = method.config.data.image_size
-    image = torch.randn(images, method.config.data.in_chans, *size, generator=seeded(2), dtype=torch.float64)
-    return image, method.draw_mask(images, seeded(3))
 
 
 V1 = ("encoder.name=convnext_tiny",)
@@ -139,7 +120,7 @@ def test_every_ablation_changes_what_comes_out(overrides: tuple[str, ...]) -> No
         changed.load_state_dict(common, strict=False)
     outcomes = []
     for method in (plain, changed):
-        image, mask = images_and_mask(method)
+        image, mask = image_and_mask(method)
         with torch.no_grad():
             prediction = method.predict(image, mask)
             outcomes.append((prediction, method.loss(prediction, image, mask)))
@@ -157,7 +138,7 @@ def test_tiles_equal_masked(overrides: tuple[str, ...]) -> None:
     results = []
     for backend in ("tiles", "masked"):
         method = roused(build(*overrides, f"fcmae.backend={backend}"))
-        image, mask = images_and_mask(method)
+        image, mask = image_and_mask(method)
         prediction = method.predict(image, mask)
         loss = method.loss(prediction, image, mask)
         loss.backward()
@@ -175,7 +156,7 @@ def test_tiles_equal_masked(overrides: tuple[str, ...]) -> None:
 def test_nothing_leaks_through_the_mask(overrides: tuple[str, ...], backend: str) -> None:
     """Features and prediction are the same, to the bit, whatever stands at hidden pixels."""
     method = roused(build(*overrides, f"fcmae.backend={backend}"))
-    image, mask = images_and_mask(method)
+    image, mask = image_and_mask(method)
     hidden = upsample(mask, method.patch).unsqueeze(1).expand_as(image)
     other = torch.where(hidden, 100 * torch.randn_like(image), image)
     assert not torch.equal(other, image)
@@ -189,7 +170,7 @@ def test_images_are_encoded_each_for_itself(backend: str) -> None:
     """With grn_scope=image, image B does not change image A; over the batch, as released, it does."""
     for scope, alone in (("image", True), ("batch", False)):
         method = roused(build(f"fcmae.backend={backend}", f"fcmae.grn_scope={scope}"))
-        image, mask = images_and_mask(method, 2)
+        image, mask = image_and_mask(method, 2)
         features = dense(method.encode(image, mask)[-1])
         single = dense(method.encode(image[:1], mask[:1])[-1])
         difference = ((features[:1] - single).abs().max() / single.abs().max()).item()
@@ -200,7 +181,7 @@ def test_images_are_encoded_each_for_itself(backend: str) -> None:
 @pytest.mark.parametrize("overrides", [(), V1], ids=["v2", "v1"])
 def test_with_nothing_hidden_it_is_the_plain_network(overrides: tuple[str, ...], backend: str) -> None:
     method = roused(build(*overrides, f"fcmae.backend={backend}"))
-    image, mask = images_and_mask(method)
+    image, mask = image_and_mask(method)
     features = dense(method.encode(image, torch.zeros_like(mask))[-1])
     encoder: Any = method.encoder
     torch.testing.assert_close(features, encoder.forward_features(image), rtol=1e-9, atol=1e-9)
@@ -226,7 +207,7 @@ def slow_loss(image: Tensor, prediction: Tensor, mask: Tensor, patch: int) -> fl
 
 def test_loss_is_on_hidden_patches_only() -> None:
     method = roused(build())
-    image, mask = images_and_mask(method)
+    image, mask = image_and_mask(method)
     prediction = method.predict(image, mask).detach()
     loss = method.loss(prediction, image, mask)
     assert float(loss) == pytest.approx(slow_loss(image, prediction, mask, PATCH), rel=1e-12)
@@ -262,7 +243,7 @@ def test_each_site_predicts_its_own_pixels(stride: int, patch: tuple[int, int], 
 
 def test_hidden_sites_get_the_mask_token_and_visible_ones_do_not() -> None:
     method = roused(build())
-    image, mask = images_and_mask(method)
+    image, mask = image_and_mask(method)
     seen: list[Tensor] = []
     method.decoder.blocks.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     method.predict(image, mask)

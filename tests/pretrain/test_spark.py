@@ -36,6 +36,7 @@ from tests.models.slow_spark import (
 )
 from tests.parity import fill
 from tests.parity.__main__ import main as parity
+from tests.pretrain.autoencoders import image_and_mask, roused, seeded
 
 H, W = 64, 96
 """Not square; a grid of 2 x 3 patches of 32, or 8 x 12 of 8."""
@@ -61,30 +62,10 @@ def build(*overrides: str) -> SparK:
     return SparK(settings)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def batch(method: SparK, images: int = 3) -> dict[str, Tensor]:
     data = method.config.data
     image = torch.randint(0, 256, (images, data.in_chans, *data.image_size), dtype=torch.uint8, generator=seeded(1))
     return {"image": image}
-
-
-def roused(method: SparK) -> SparK:
-    """Norms and layer scales of moderate size, in float64: at first whole branches are multiplied by nothing."""
-    draw = seeded(7)
-    for name, parameter in method.named_parameters():
-        if parameter.ndim == 1:
-            near = 0.0 if name.endswith("bias") else 0.7
-            parameter.data.copy_(near + 0.3 * torch.randn(parameter.shape, generator=draw))
-    return method.double()
-
-
-def image_and_mask(method: SparK, images: int = 3) -> tuple[Tensor, Tensor]:
-    data = method.config.data
-    image = torch.randn(images, data.in_chans, *data.image_size, generator=seeded(2), dtype=torch.float64)
-    return image, method.draw_mask(images, seeded(3))
 
 
 def hidden_pixels(method: SparK, mask: Tensor) -> Tensor:

@@ -515,19 +515,9 @@ def test_what_is_drawn_for_pooled_values_is_drawn_per_image() -> None:
     assert set(found.unique().tolist()) == {0.0, 2.0}
 
 
-class Doubled(torch.autograd.Function):
-    """A backward pass that knows nothing of tiles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + grad.mean()
-
-
 class Hooked(nn.Module):
+    """Right forwards; its gradient mixes sites."""
+
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(lambda grad: grad + plain(grad).mean())

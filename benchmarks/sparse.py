@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.encoder import build_encoder, feature_stride
 from models.masking import random_mask
 from models.sparse import sparse_images
 from models.sparse.tensor import SparseTensor, plain
@@ -67,10 +67,12 @@ def bench(args: argparse.Namespace, mask_ratio: float) -> dict[str, Any]:
     """All backends at one mask ratio."""
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = timm.create_model(args.model, num_classes=0).to(device).train()
     height, width = args.image_size if len(args.image_size) == 2 else args.image_size * 2
+    options = dict(in_chans=args.in_chans, image_size=(height, width), drop_path_rate=0.0)
+    model = build_encoder(args.model, **options).to(device).train()
     image = torch.randn(args.batch, args.in_chans, height, width, device=device)
-    grid = (height // args.mask_patch, width // args.mask_patch)
+    patch = args.mask_patch or feature_stride(model)[0]
+    grid = (height // patch, width // patch)
     patches = grid[0] * grid[1]
     visible = max(round(patches * (1 - mask_ratio)), 1)
     mask = random_mask(args.batch, grid, patches - visible).to(device)
@@ -98,7 +100,7 @@ def bench(args: argparse.Namespace, mask_ratio: float) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": args.model,
         "image_size": [height, width],
-        "mask_patch": args.mask_patch,
+        "mask_patch": patch,
         "mask_ratio": mask_ratio,
         "visible": [visible, patches],
         "batch": args.batch,
@@ -169,9 +171,9 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", default="resnet50", help="any timm convnet")
+    parser.add_argument("--model", default="resnet50", help="any timm convnet, or a convvit_*")
     parser.add_argument("--mask_ratio", type=float, nargs="+", default=[0.6], help="one or several")
-    parser.add_argument("--mask_patch", type=int, default=32, help="pixels")
+    parser.add_argument("--mask_patch", type=int, default=None, help="pixels; default: the model's stride")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--image_size", type=int, nargs="+", default=[224], help="one side, or height and width")
     parser.add_argument("--in_chans", type=int, default=3)

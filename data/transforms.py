@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 from torchvision.transforms import functional as tv
 
 Box = tuple[int, int, int, int]
@@ -95,17 +96,25 @@ class CropResize:
 class EvalTransform:
     """Resize and centre crop: the image is scaled to cover ``image_size / crop_ratio``, then its middle is taken."""
 
-    def __init__(self, image_size: Sequence[int], crop_ratio: float, interpolation: str = "bicubic") -> None:
-        """``crop_ratio`` in (0, 1]: 0.875 is 224 from a shorter side of 256."""
+    def __init__(
+        self, image_size: Sequence[int], crop_ratio: float, interpolation: str = "bicubic", squash: bool = False
+    ) -> None:
+        """``crop_ratio`` in (0, 1]: 0.875 is 224 from a shorter side of 256; with ``squash``, which shows the whole image
+        whatever its shape, it is 1.
+        """
         self.image_size = _size("image_size", image_size)
         if not 0 < crop_ratio <= 1:
             raise ValueError(f"crop_ratio must be in (0, 1], got {crop_ratio}")
-        self.crop_ratio = crop_ratio
+        if squash and crop_ratio != 1:
+            raise ValueError(f"a squashed image is not cropped: crop_ratio must be 1, got {crop_ratio}")
+        self.crop_ratio, self.squash = crop_ratio, squash
         self.interpolation = _interpolation("interpolation", interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """(C, H, W) -> ``image`` (C, *image_size); nothing is random."""
         H, W = self.image_size
+        if self.squash:
+            return {"image": resize(image, (H, W), self.interpolation)}
         target = math.floor(H / self.crop_ratio), math.floor(W / self.crop_ratio)
         image = _without_far_ends(image, target)
         height, width = image.shape[-2:]
@@ -149,7 +158,8 @@ class TrainAugment:
         std: Sequence[float] = (),
         interpolation: str = "bicubic",
     ) -> None:
-        """``auto_augment`` is timm's policy string (``rand-m9-mstd0.5-inc1``, ``augmix-m3``, ``v0``, ``3a``), "" for none.
+        """``auto_augment`` is timm's policy string (``rand-m9-mstd0.5-inc1``, ``augmix-m3``, ``v0``, ``3a``), or ``trivial``
+        (TrivialAugment, wide, as torchvision has it); "" for none.
 
         ``color_jitter`` is the strength for brightness, contrast and saturation. ``erase_prob`` erases a box of 2 to 33 % of the
         area: ``pixel`` fills it with noise N(mean, std) per channel, ``const`` with ``mean``. ``mean`` and ``std`` (length
@@ -162,9 +172,7 @@ class TrainAugment:
         if auto_augment and in_chans not in (1, 3):
             raise ValueError(_REFUSED.format(policy=auto_augment, found=f"in_chans={in_chans}"))
         self.auto_augment = auto_augment
-        self._policy = (
-            _timm_policy(auto_augment, self.crop.image_size, self.mean, interpolation) if auto_augment else None
-        )
+        self._policy = _policy(auto_augment, self.crop.image_size, self.mean, interpolation) if auto_augment else None
         if color_jitter < 0 or (color_jitter and in_chans not in (1, 3)):
             raise ValueError(
                 f"color_jitter must be >= 0, and 0 unless in_chans is 1 or 3, got {color_jitter} with {in_chans}"
@@ -189,18 +197,20 @@ class TrainAugment:
         return {"image": image}
 
     def _apply_policy(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """timm's policies draw from Python's and NumPy's global generators: seed them from ours, then put them back."""
+        """Policies draw from the global generators, torchvision's from torch's: seed them from ours, then put them back."""
         assert self._policy is not None
         seed = int(torch.randint(2**32, (), generator=generator))
-        python_state, numpy_state = random.getstate(), np.random.get_state()
+        python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
         random.seed(seed)
         np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
         try:
             picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
             picture = self._policy(picture)
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+            torch.random.set_rng_state(torch_state)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[: self.in_chans]
 
     def _erase(self, image: Tensor, generator: torch.Generator) -> Tensor:
@@ -239,10 +249,12 @@ def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor
     return image
 
 
-def _timm_policy(
+def _policy(
     name: str, image_size: tuple[int, int], mean: Sequence[float], interpolation: str
 ) -> Callable[[Image.Image], Image.Image]:
-    """timm's auto-augment transform of that name (PIL image in and out), with the parameters timm's own factory gives it."""
+    """The auto-augment transform of that name (PIL image in and out), timm's with the parameters its own factory gives it."""
+    if name == "trivial":
+        return TrivialAugmentWide(interpolation=InterpolationMode(interpolation))
     from timm.data import auto_augment as timm_aa  # here: it takes seconds to import, and only fine-tuning needs it
 
     fill = [min(255, round(255 * m)) for m in mean]
@@ -262,8 +274,8 @@ def _timm_policy(
             operations = [operation for group in policy.policy for operation in group]
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(
-            f"auto_augment={name!r} is no policy of timm: allowed are rand-..., augmix-..., original, originalr, v0, v0r, 3a "
-            f"(for example rand-m9-mstd0.5-inc1)"
+            f"auto_augment={name!r} is no policy: allowed are trivial, and timm's rand-..., augmix-..., original, originalr, "
+            f"v0, v0r, 3a (for example rand-m9-mstd0.5-inc1)"
         ) from error
     for operation in operations:
         if operation.name.startswith("Posterize"):

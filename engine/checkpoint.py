@@ -88,7 +88,10 @@ class Progress:
     def start(cls, config: Any, world_size: int, data: str) -> "Progress":
         """Progress of a new run."""
         every = {key: getattr_path(config, key) for key, _, _ in settings(type(config))}
-        return cls(0, world_size, data, {key: value for key, value in every.items() if key not in FREE_SETTINGS})
+        kept = {key: value for key, value in every.items() if key not in FREE_SETTINGS}
+        # The weights may move: whether there are any, and whose, may not change.
+        start = every.get("encoder.pretrained", "")
+        return cls(0, world_size, data, kept | {"encoder.pretrained": start if start in ("", "true") else "a file"})
 
     def check(self, now: "Progress") -> None:
         """Refuse to continue with settings under which the run would not be the same one."""

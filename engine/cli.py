@@ -37,6 +37,21 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
+class Shorthand:
+    """A word, of the command line or at the top of a recipe, that stands for a setting.
+
+    Attributes:
+        key: the setting.
+        meaning: of the word, for ``--help``.
+        value: what the setting is given for the word's value; refuses it with a ConfigError.
+    """
+
+    key: str
+    meaning: str
+    value: Callable[[str], str]
+
+
+@dataclass(frozen=True)
 class Program:
     """What an entry point adds to the shared command line.
 
@@ -48,7 +63,8 @@ class Program:
         check: refuses settings that do not go together, before anything is built.
         run: does it.
         dry_run: builds it and takes one step -> what to report.
-        commands: further words before RECIPE, and what they do with the configuration.
+        commands: further words before RECIPE, and what each does: (program, flags, words that follow) -> exit code.
+        shorthands: words that stand for settings.
     """
 
     name: str
@@ -58,7 +74,8 @@ class Program:
     check: Callable[[Any], None]
     run: Callable[[Any, World], None]
     dry_run: Callable[[Any, World], dict[str, Any]]
-    commands: dict[str, Callable[[Any, World], None]] = field(default_factory=dict)
+    commands: dict[str, Callable[["Program", list[str], list[str]], int]] = field(default_factory=dict)
+    shorthands: dict[str, Shorthand] = field(default_factory=dict)
 
 
 def main(program: Program, words: list[str]) -> int:
@@ -68,11 +85,11 @@ def main(program: Program, words: list[str]) -> int:
         return _main(program, words, rank)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: a path may be missing on one of them
-            _say(f"{f'rank {rank}: ' if rank else ''}error: {' '.join(str(error).split())}", sys.stderr)
+            say(f"{f'rank {rank}: ' if rank else ''}error: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except NonFiniteLossError as error:
         if rank == 0:
-            _say(f"error: {error}", sys.stderr)
+            say(f"error: {error}", sys.stderr)
         return 1
 
 
@@ -82,35 +99,29 @@ def _main(program: Program, words: list[str], rank: int) -> int:
     for flag in flags:
         if flag not in FLAGS:
             raise ConfigError(f"unknown flag {flag!r}; allowed: {', '.join(FLAGS)} (settings are given as key=value)")
-    command = program.commands[rest.pop(0)] if rest and rest[0] in program.commands else program.run
     if "--version" in flags:
-        _say(f"palimpsest {__version__}")
+        say(f"palimpsest {__version__}")
         return 0
     if "--list" in flags:
         for name in list_recipes(program.recipes):
-            _say(f"{name:24s} {_headline(program.recipes / f'{name}.yaml')}")
+            say(f"{name:24s} {_headline(program.recipes / f'{name}.yaml')}")
         return 0
-    # A path may hold "=", as run folders named after their settings do.
-    name = rest.pop(0) if rest and ("=" not in rest[0] or Path(rest[0]).is_file()) else ""
-    if not name:
-        if "--help" in flags:
-            _say(_usage(program))
-            return 0
-        raise ConfigError(f"which recipe? {', '.join(list_recipes(program.recipes))} (or a path); see --help")
-    config = read_config(program, name, rest)
+    if rest and rest[0] in program.commands:
+        return program.commands[rest[0]](program, flags, rest[1:])
     if "--help" in flags:
-        _say(_usage(program) + "\n\nsettings:")
-        for key, default, meaning in settings(type(config)):
-            _say(f"  {key:32s} {meaning} [{default}]")
+        say(_usage(program))
+        if rest:
+            say_settings(program, *take_recipe(program, rest))
         return 0
+    config = read_config(program, *take_recipe(program, rest))
     if "--show" in flags:
         fill_in(config)
-        _say(to_yaml(config).rstrip())
+        say(to_yaml(config).rstrip())
         return 0
     check_run(config)
     program.check(config)
     if "--dry_run" not in flags:
-        _make_folder(Path(config.output_dir))
+        make_folder(Path(config.output_dir))
     setup(rank)
     with join(config.threads) as world:
         if hasattr(config, "deepspeed"):
@@ -118,10 +129,18 @@ def _main(program: Program, words: list[str], rank: int) -> int:
         if "--dry_run" in flags:
             for key, value in program.dry_run(config, world).items():
                 if world.is_main:
-                    _say(f"{key:24s} {value:,}" if isinstance(value, int) else f"{key:24s} {value:.6g}")
+                    say(f"{key:24s} {value:,}" if isinstance(value, int) else f"{key:24s} {value:.6g}")
         else:
-            command(config, world)
+            program.run(config, world)
     return 0
+
+
+def take_recipe(program: Program, words: list[str]) -> tuple[str, list[str]]:
+    """The recipe, name or path, at the front of ``words``, and what follows it."""
+    # A path may hold "=", as run folders named after their settings do.
+    if not words or ("=" in words[0] and not Path(words[0]).is_file()):
+        raise ConfigError(f"which recipe? {', '.join(list_recipes(program.recipes))} (or a path); see --help")
+    return words[0], words[1:]
 
 
 def read_config(program: Program, name: str, overrides: list[str]) -> Any:
@@ -132,6 +151,7 @@ def read_config(program: Program, name: str, overrides: list[str]) -> Any:
     if not isinstance(kind, str) or kind not in program.schemas:
         known = ", ".join(program.schemas)
         raise ConfigError(f"{path}: {program.kind} must be one of {known}, got {kind!r}")
+    overrides = _written_out(program, recipe, overrides)
     config: Any = load(program.schemas[kind], recipe, overrides, source=str(path.name))
     config.recipe = config.recipe or path.stem
     if getattr(config, program.kind) != kind:
@@ -139,7 +159,29 @@ def read_config(program: Program, name: str, overrides: list[str]) -> Any:
     return config
 
 
-def _make_folder(folder: Path) -> None:
+def _written_out(program: Program, recipe: dict[str, Any], words: list[str]) -> list[str]:
+    """``words`` with settings in place of shorthands; those of the recipe leave it and come first."""
+    found = []
+    for name, short in program.shorthands.items():
+        keys = {word.partition("=")[0] for word in words}
+        if {name, short.key} <= keys or (name in recipe and _holds(recipe, short.key)):
+            raise ConfigError(f"{name} stands for {short.key}: give one of the two")
+        if name in recipe:
+            found.append(f"{short.key}={short.value(str(recipe.pop(name)))}")
+    for word in words:
+        name, equals, value = word.partition("=")
+        wanted = program.shorthands.get(name) if equals else None
+        found.append(f"{wanted.key}={wanted.value(value)}" if wanted else word)
+    return found
+
+
+def _holds(recipe: Any, key: str) -> bool:
+    for part in key.split("."):
+        recipe = recipe.get(part) if isinstance(recipe, dict) else None
+    return recipe is not None
+
+
+def make_folder(folder: Path) -> None:
     """The run folder, on every process: all of them find out together that it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +197,16 @@ def _headline(path: Path) -> str:
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
+def say_settings(program: Program, name: str, overrides: list[str]) -> None:
+    """Every setting of a recipe, its meaning and default, and the words that stand for one."""
+    config = read_config(program, name, overrides)
+    say("\nsettings:")
+    for word, short in program.shorthands.items():
+        say(f"  {word:32s} {short.meaning}")
+    for key, default, meaning in settings(type(config)):
+        say(f"  {key:32s} {meaning} [{default}]")
+
+
 def _usage(program: Program) -> str:
     commands = f"[{'|'.join(program.commands)}] " if program.commands else ""
     lines = [f"python -m {program.name} {commands}RECIPE [--flag ...] [key=value ...]", ""]
@@ -162,5 +214,6 @@ def _usage(program: Program) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str, stream: Any = None) -> None:
+def say(text: str, stream: Any = None) -> None:
+    """One line for the user."""
     (stream or sys.stdout).write(text + "\n")

@@ -297,6 +297,11 @@ def _check_training(config: BaseConfig) -> None:
     exactly_one(optim__lr=config.optim.lr, optim__base_lr=config.optim.base_lr)
     if config.optim.lr_batch is not None and config.optim.lr is None:
         raise ConfigError("optim.lr_batch says what optim.lr was given for: with optim.base_lr remove it")
+    if config.optim.name != "lamb" and (not config.optim.lamb_bias_correction or config.optim.lamb_always_adapt):
+        raise ConfigError(
+            f"optim.lamb_bias_correction and optim.lamb_always_adapt have no effect with optim.name={config.optim.name}: "
+            "remove them"
+        )
     exactly_one(train__epochs=config.train.epochs, train__steps=config.train.steps)
     if config.resume == "never" and any(Path(config.output_dir, "checkpoints").glob("step*")):
         raise ConfigError(

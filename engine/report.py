@@ -1,6 +1,8 @@
 """Pictures of a run, and one HTML page that shows the run without a network and without a second file."""
 
 import base64
+import contextlib
+import csv
 import html
 import io
 import json
@@ -102,6 +104,8 @@ def run_sections(folder: Path) -> str:
     parts = [
         _facts(folder),
         results_section(folder),
+        plots_section(folder),
+        tables_section(folder),
         curves_section(folder),
         pictures_section(folder),
         _settings(folder),
@@ -127,10 +131,41 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def results_section(folder: Path) -> str:
-    """HTML of results.json as a table."""
+    """HTML of results.json as a table per task, newest last; a list of rows inside a row is a table of its own below."""
     found = _read_json(folder / "results.json")
     rows = [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict) and row]
-    return f"<h2>Results</h2>{table(rows)}" if rows else ""
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tasks.setdefault(str(row.get("task", "")), []).append(row)
+    shown = []
+    for task, own in tasks.items():
+        if len(tasks) > 1:
+            shown.append(f"<h3>{html.escape(task)}</h3>")
+        shown.append(table([{key: value for key, value in row.items() if not _is_table(value)} for row in own]))
+        for number, row in enumerate(own, 1):
+            for key, value in row.items():
+                if _is_table(value):
+                    words = key.replace("_", " ") + (f" of result {number}" if len(own) > 1 else "")
+                    shown.append(_folded(words, table(value)))
+    return f"<h2>Results</h2>{''.join(shown)}" if shown else ""
+
+
+def plots_section(folder: Path) -> str:
+    """HTML of what stands in ``plots/``: each .svg, and each .png of which there is none."""
+    paths = sorted((folder / "plots").glob("*.svg"))
+    paths += [path for path in sorted((folder / "plots").glob("*.png")) if not path.with_suffix(".svg").is_file()]
+    shown = [_figure(path, path.stem.replace("_", " ")) for path in sorted(paths)]
+    return f"<h2>Plots</h2>{''.join(shown)}" if shown else ""
+
+
+def tables_section(folder: Path) -> str:
+    """HTML of every ``tables/*.csv``, folded away."""
+    shown = []
+    for path in sorted((folder / "tables").glob("*.csv")):
+        with path.open(newline="") as file:
+            rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        shown.append(_folded(f"{path.stem.replace('_', ' ')} ({len(rows)} rows)", table(rows)))
+    return f"<h2>Tables</h2>{''.join(shown)}" if shown else ""
 
 
 def curves_section(folder: Path, heading: str = "Curves") -> str:
@@ -174,6 +209,10 @@ def pictures_section(folder: Path, heading: str = "Pictures") -> str:
 
 def _figure(path: Path, caption: str) -> str:
     content = path.read_bytes()
+    text = html.escape(caption, quote=True)
+    source = base64.b64encode(content).decode()
+    if path.suffix == ".svg":
+        return f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{source}"><figcaption>{text}</figcaption></figure>'
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
@@ -181,9 +220,7 @@ def _figure(path: Path, caption: str) -> str:
         return f"<p>{html.escape(path.name)} is not a readable picture.</p>"
     factor = max(1, min(480 // width, 640 // height))  # small pictures are enlarged by whole pixels
     small = ' class="small"' if factor > 1 else ""
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    text = html.escape(caption, quote=True)
-    image_tag = f'<img{small} width="{width * factor}" alt="{text}" src="{source}">'
+    image_tag = f'<img{small} width="{width * factor}" alt="{text}" src="data:image/png;base64,{source}">'
     return f"<figure>{image_tag}<figcaption>{text}</figcaption></figure>"
 
 
@@ -207,8 +244,25 @@ def _settings(folder: Path) -> str:
         path = folder / name
         if path.is_file():
             text = html.escape(path.read_text(errors="replace"))
-            parts.append(f"<details><summary>{words} ({name})</summary><pre>{text}</pre></details>")
+            parts.append(_folded(f"{words} ({name})", f"<pre>{text}</pre>"))
     return f"<h2>Settings</h2>{''.join(parts)}" if parts else ""
+
+
+def _folded(words: str, body: str) -> str:
+    """``body`` (HTML) behind a line of plain text."""
+    return f"<details><summary>{html.escape(words)}</summary>{body}</details>"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _number(text: str | None) -> Any:
+    """The number that a cell of a CSV file is, or its text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return kind(text)  # type: ignore[arg-type]
+    return text or ""
 
 
 def _is_number(value: Any) -> bool:

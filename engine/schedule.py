@@ -9,14 +9,19 @@ from engine.config import ConfigError, exactly_one
 from engine.schema import OptimConfig, TrainConfig
 
 
-def cosine(peak: float, end: float, steps: int, warmup_steps: int = 0, start: float = 0.0) -> np.ndarray:
-    """Linear warm-up from ``start`` to ``peak``, then half a cosine towards ``end`` -> (steps,) float64.
+def cosine(
+    peak: float, end: float, steps: int, warmup_steps: int = 0, start: float = 0.0, schedule: str = "beit"
+) -> np.ndarray:
+    """Linear warm-up from ``start`` to ``peak``, then half a cosine to ``end`` -> (steps,) float64.
 
-    As BEiT's released schedule: the warm-up ends on the peak, which the cosine repeats (goldens: beit_cosine).
+    The released codes differ in their ends (goldens/schedules.json). ``beit``: the warm-up ends on the peak, which the
+    cosine repeats, and the run ends one step before the cosine does. ``mae``, which is ConvNeXt V2's and ConvMAE's, too:
+    the warm-up ends one step before the peak. ``spark``: that, and the last step has ``end``.
     """
-    warmup = np.linspace(start, peak, warmup_steps)
+    warmup = np.linspace(start, peak, warmup_steps, endpoint=schedule == "beit")
     rest = np.arange(steps - warmup_steps)
-    falling = end + 0.5 * (peak - end) * (1 + np.cos(np.pi * rest / max(len(rest), 1)))
+    span = len(rest) - (schedule == "spark")
+    falling = end + 0.5 * (peak - end) * (1 + np.cos(np.pi * rest / max(span, 1)))
     return np.concatenate([warmup, falling])
 
 
@@ -56,6 +61,7 @@ class Plan:
             raise ConfigError(
                 f"a warm-up of {warmup} steps does not fit a run of {steps}: give a smaller train.warmup_steps, or more steps"
             )
-        lr = cosine(peak_lr(optim, train.batch_size), optim.min_lr, steps, warmup, optim.warmup_lr)
+        peak = peak_lr(optim, train.batch_size)
+        lr = cosine(peak, optim.min_lr, steps, warmup, optim.warmup_lr, optim.schedule)
         end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
-        return cls(steps, per_epoch, lr, cosine(optim.weight_decay, end, steps))
+        return cls(steps, per_epoch, lr, cosine(optim.weight_decay, end, steps, schedule=optim.schedule))

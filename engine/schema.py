@@ -88,14 +88,26 @@ class OptimConfig:
     lr_batch: int | None = option(None, "the batch size lr was given for; another batch size is warned about", ge=1)
     min_lr: float = option(0.0, "learning rate at the end", ge=0)
     warmup_lr: float = option(0.0, "learning rate at the first step of the warm-up", ge=0)
+    schedule: str = option(
+        "beit", "whose cosine: they differ by a step at the ends (engine/schedule.py)", choices=("beit", "mae", "spark")
+    )
     betas: list[float] = option([0.9, 0.999], "coefficients of Adam and Lamb", ge=0, lt=1, kind="two")
     eps: float = option(1e-8, "added to the denominator of Adam and Lamb", gt=0)
+    lamb_bias_correction: bool = option(True, "correct Lamb's moments for their start at zero")
+    lamb_always_adapt: bool = option(False, "Lamb's trust ratio also for what is not decayed")
     momentum: float = option(0.9, "of SGD and LARS", ge=0, lt=1)
     weight_decay: float = option(0.05, "decoupled weight decay of matrices and kernels", ge=0)
     weight_decay_end: float | None = option(None, "weight decay at the end, by a cosine; unset: constant", ge=0)
+    decay_also: list[str] = option(
+        [], "ends of names of parameters to decay all the same, such as relative_position_bias_table"
+    )
     clip_grad: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
     layer_decay: float = option(1.0, "learning rate of a layer over that of the next", gt=0, le=1)
-    layer_decay_groups: str = option("timm", "which parameters form a layer", choices=("timm",))
+    layer_decay_groups: str = option(
+        "timm",
+        "which parameters form a layer: timm's order of the model, or that of a released code (engine/layers.py)",
+        choices=("timm", "beit", "convnext_group", "convnextv2_layer", "convmae", "spark_resnet"),
+    )
 
 
 @dataclasses.dataclass

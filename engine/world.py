@@ -42,9 +42,9 @@ class World:
         """Mean over the processes of values that every process holds under the same keys."""
         return dict(zip(values, (self.sum(list(values.values())) / self.size).tolist(), strict=True))
 
-    def sum(self, values: list[float]) -> Tensor:
-        """Sum over the processes, float64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def sum(self, values: list[float] | Tensor) -> Tensor:
+        """Sum over the processes, a new tensor of float64."""
+        total = torch.asarray(values, dtype=torch.float64, device=self.device, copy=True).detach()
         if self.size > 1:
             dist.all_reduce(total)
         return total

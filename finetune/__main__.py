@@ -1,4 +1,7 @@
-"""``python -m finetune RECIPE [key=value ...]``: fine-tune an encoder on labelled images, or measure it."""
+"""``python -m finetune RECIPE [key=value ...]``: fine-tune an encoder on labelled images, or measure it.
+
+``python -m finetune compare RECIPE init=a,b,c``: the same from several starting points (finetune/compare.py).
+"""
 
 import sys
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import Any
 
 from engine import cli
 from engine.world import World
+from finetune import compare, init
 from finetune.tasks import SCHEMAS, TASKS
 
 
@@ -32,6 +36,8 @@ PROGRAM = cli.Program(
     check=check,
     run=run,
     dry_run=try_out,
+    commands={"compare": compare.main},
+    shorthands={"init": init.SHORTHAND},
 )
 
 if __name__ == "__main__":

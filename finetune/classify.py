@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.loader import Loader
-from data.sources import ImageIndex
 from engine import ds, loop
 from engine.config import ConfigError, to_yaml, user_errors
 from engine.files import write_text
 from engine.loop import Hooks
 from engine.report import record
 from engine.world import World, to_device
-from finetune import sets, weights
+from finetune import heads, init, per_class, sets, weights
 from finetune.config import ClassifyConfig, check_classify
-from finetune.evaluate import evaluate
+from finetune.evaluate import Outcome, judge
+from finetune.features import prepare
 from finetune.targets import binary_cross_entropy, cross_entropy, mix, soft_target
 from models.pixels import denormalise, normalise, to_unit
 from models.pretrained import describe
@@ -104,7 +104,8 @@ class Classifier(nn.Module):
 def check(config: ClassifyConfig) -> None:
     """Refuse what does not fit, before anything is built."""
     check_classify(config)
-    sets.split_paths(config.data)
+    if not config.evaluate:
+        sets.split_paths(config.data)
     weights.resolve(config.encoder, config.data, whole=config.evaluate)
 
 
@@ -119,8 +120,19 @@ def run(config: ClassifyConfig, world: World) -> None:
         shown = to_device(
             Loader.preview(found.train, loader.transform, config.data, NUM_PICTURES, config.seed), world.device
         )
+    last: list[Outcome] = []
+
+    def evaluate(model: Any) -> dict[str, float]:
+        # With a moving average it comes first, the weights themselves after it: the first of the two is kept.
+        last[:] = (
+            [*last[-1:], judge(model, val_loader, world)]
+            if config.train.ema_decay
+            else [judge(model, val_loader, world)]
+        )
+        return last[-1].numbers()
+
     hooks = Hooks(
-        evaluate=lambda model: evaluate(model, val_loader, world),
+        evaluate=evaluate,
         pictures=lambda model: _of(model).pictures(shown),
         export=lambda model, folder: _of(model).export(folder),
     )
@@ -132,13 +144,14 @@ def run(config: ClassifyConfig, world: World) -> None:
         **{key: value for key, value in summary.results.items() if not key.startswith("eval_images")},
         "epochs": round(summary.steps / (len(loader) // config.train.accumulation), 3),
         "steps": summary.steps,
-        "init": config.encoder.pretrained or "scratch",
+        "init": init.told(config.encoder.pretrained),
         "labels": config.data.labels,
         "train_images": len(found.train),
         "eval_images": int(summary.results["eval_images"]),
     }
     log.info("top-1 %.2f %%, top-5 %.2f %% on %d images", row["top1"], row["top5"], row["eval_images"])
     if world.is_main:
+        per_class.save(last[0], found.train.class_names, Path(config.output_dir))
         record(Path(config.output_dir), row, time.perf_counter() - started)
 
 
@@ -163,8 +176,14 @@ def build(config: ClassifyConfig, world: World) -> tuple[Classifier, Loader, set
     with user_errors():
         found = sets.find_sets(config.data, config.seed)
         loader = sets.train_loader(found.train, config, world, micro_batch)
+        task = config.classify
         model = weights.build(
-            config.encoder, config.data, config.seed, found.num_classes, head_init_scale=config.classify.head_init_scale
+            config.encoder,
+            config.data,
+            config.seed,
+            found.num_classes,
+            head_init_scale=task.head_init_scale,
+            classes=heads.Classes(found.train.class_names, task.head_init, task.class_map),
         )
     log.info("%d classes, %d training images, %d to evaluate", found.num_classes, len(found.train), len(found.val))
     return Classifier(model, config, found.train.class_names), loader, found
@@ -173,24 +192,33 @@ def build(config: ClassifyConfig, world: World) -> tuple[Classifier, Loader, set
 def _evaluate_only(config: ClassifyConfig, world: World) -> None:
     """Evaluate the whole model in ``encoder.pretrained``."""
     started = time.perf_counter()
+    data = sets.at_eval_size(config.data)
     with user_errors():
-        names = describe(config.encoder.pretrained, config.encoder.name, whole=True).get("class_names")
-        train_path, val_path = sets.split_paths(config.data)
-        if names is None:
-            names = ImageIndex.scan(train_path, classes=True).class_names
-        val = ImageIndex.scan(val_path, classes=True, class_names=names)
-        model = weights.build(config.encoder, config.data, config.seed, len(names), whole=True)
+        card = describe(config.encoder.pretrained, config.encoder.name, whole=True)
+        names = card.get("class_names")
+        listed = sets.read_classes(data.class_list)
+        if names and listed and names != listed:
+            raise ConfigError(
+                f"data.class_list={data.class_list} is not the list of classes that {config.encoder.pretrained} was trained "
+                "with: leave it unset"
+            )
+        val = sets.find_val(data, names)
+        names = val.class_names
+        model = weights.build(config.encoder, data, config.seed, len(names), whole=True)
         val_loader = sets.eval_loader(val, config, world)
-    method = Classifier(model, config, names).to(world.device).eval()
+    method = Classifier(prepare(model, world.device), config, names).eval()
     dtype = ds.autocast_dtype(ds.merge(config, world.size, world.device.type))
-    with torch.no_grad(), torch.autocast(world.device.type, dtype, enabled=dtype is not None):
-        results = evaluate(method, val_loader, world)
+    with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+        outcome = judge(method, val_loader, world)
+    results = outcome.numbers()
     log.info("top-1 %.2f %%, top-5 %.2f %% on %d images", results["top1"], results["top5"], results["eval_images"])
     if world.is_main:
         folder = Path(config.output_dir)
         if not (folder / "config.yaml").is_file():
             write_text(folder / "config.yaml", to_yaml(config))
         row = {"task": "evaluate", "recipe": config.recipe, **results, "init": config.encoder.pretrained}
+        row |= {"image_size": "x".join(map(str, data.image_size)), "crop_ratio": data.eval_crop_ratio}
+        per_class.save(outcome, names, folder)
         record(folder, row, time.perf_counter() - started)
 
 

@@ -12,17 +12,25 @@ class FinetuneData(DataConfig):
 
     val_path: str = option("", "images to evaluate on; empty: val/ (or test/) beside train/ in data.path", kind="paths")
     labels: float = option(1.0, "share of the training labels used, stratified by class, fixed by the seed", gt=0, le=1)
+    class_list: str = option(
+        "",
+        "text file with a class per line, in the order of the classifier; unset: the folders' names, sorted",
+        kind="path",
+    )
     eval_image_size: list[int] | None = option(
         None, "height and width in evaluation; unset: image_size", ge=1, kind="pair"
     )
     eval_crop_ratio: float = option(0.875, "share of the image's shorter side that is evaluated", gt=0, le=1)
+    eval_resize: str = option(
+        "crop", "crop: the image's middle; squash: all of it, whatever its shape", choices=("crop", "squash")
+    )
 
 
 @dataclasses.dataclass
 class AugmentConfig(CropConfig):
     """What happens to training images and their labels."""
 
-    rand_augment: str = option("", "timm's policy, such as rand-m9-mstd0.5-inc1; empty: none")
+    rand_augment: str = option("", "timm's policy, such as rand-m9-mstd0.5-inc1, or trivial; empty: none")
     color_jitter: float = option(
         0.0, "strength of brightness, contrast and saturation changes; not with rand_augment", ge=0
     )
@@ -46,6 +54,18 @@ class ClassifySection:
         ge=0,
         lt=1,
     )
+    head_init: str = option(
+        "fit",
+        "the classifier on pre-trained weights. fit: theirs, where it is of the same classes, else new; new; transfer: "
+        "theirs for the classes that it has, new for the others",
+        choices=("fit", "new", "transfer"),
+    )
+    class_map: str = option(
+        "",
+        "for head_init=transfer, where the classes are named otherwise: a file of lines 'theirs<TAB>ours', or of the row "
+        "of each of ours, -1 for none",
+        kind="path",
+    )
     head_init_scale: float = option(
         1.0, "factor of the new classifier's initial weights on a pre-trained encoder", gt=0
     )
@@ -57,7 +77,7 @@ class ClassifyConfig(RunConfig):
 
     task: str = option("classify", "the task, one of finetune/tasks.py (set by the recipe)")
     evaluate: bool = option(
-        False, "only evaluate the model in encoder.pretrained (a run folder or its model.safetensors)"
+        False, "only evaluate the model in encoder.pretrained: a run folder, a file of weights, or true for timm's own"
     )
     eval_batch_size: int = option(128, "images per process in evaluation", ge=1)
     data: FinetuneData = dataclasses.field(default_factory=FinetuneData)
@@ -84,9 +104,15 @@ def check_classify(config: ClassifyConfig) -> None:
             f"augment.color_jitter={augment.color_jitter} has no effect with augment.rand_augment={augment.rand_augment}, "
             "which replaces it: remove one of them"
         )
+    if config.data.eval_resize == "squash" and config.data.eval_crop_ratio != 1:
+        raise ConfigError(
+            f"data.eval_crop_ratio={config.data.eval_crop_ratio} has no effect with data.eval_resize=squash: set it to 1"
+        )
+    if task.class_map and task.head_init != "transfer":
+        raise ConfigError(f"classify.class_map has no effect with classify.head_init={task.head_init}: use transfer")
     if task.bce_threshold is not None and task.loss != "bce":
         raise ConfigError(f"classify.bce_threshold has no effect with classify.loss={task.loss}: remove it or use bce")
     if config.evaluate and not config.encoder.pretrained:
         raise ConfigError(
-            "evaluate=true needs encoder.pretrained: a run folder of a fine-tuning, or its model.safetensors"
+            "evaluate=true needs encoder.pretrained: a run folder of a fine-tuning, a file with a classifier, or true"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from data.loader import Loader
 from engine.log import progress
 from engine.world import World, to_device
-from finetune.targets import hits
 
 
 class Census:
@@ -54,27 +54,67 @@ class Census:
         return np.unpackbits(bits, count=len(self.seen)).astype(bool)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of every image that could be read, on all processes together, in the order of the set.
+
+    Attributes:
+        indices: (N,) int64, each image's place in the set.
+        labels: (N,) int64.
+        predicted: (N,) int64, the class with the highest logit.
+        in_top5: (N,) bool, whether the label is among the five highest (all, where there are fewer classes).
+        loss: mean cross entropy.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    in_top5: np.ndarray
+    loss: float
+
+    def numbers(self) -> dict[str, float]:
+        """Top-1 and top-5 accuracy in per cent, mean cross entropy and the number of images."""
+        count = len(self.labels)
+        top1, top5 = (self.predicted == self.labels).sum(), self.in_top5.sum()
+        return {
+            "top1": 100 * int(top1) / count,
+            "top5": 100 * int(top5) / count,
+            "eval_loss": self.loss,
+            "eval_images": count,
+        }
+
+
 def evaluate(method: Any, loader: Loader, world: World) -> dict[str, float]:
     """Top-1 and top-5 accuracy in per cent (top-K where there are fewer classes) and mean cross entropy over all processes.
 
     ``method.logits(image)`` maps a batch (B, C, H, W) to (B, K) float32.
     """
+    return judge(method, loader, world).numbers()
+
+
+def judge(method: Any, loader: Loader, world: World) -> Outcome:
+    """:func:`evaluate`, image by image; the same on every process."""
     census = Census(loader)
-    total = np.zeros(3)
+    rows, loss = [np.zeros((0, 4), np.int64)], 0.0
     with rank0_buffers(method, world):
         for batch in progress(loader.batches(0), world, "evaluate", total=len(loader), leave=False, unit="batch"):
             census.add(batch["index"])
             on_device = to_device(batch, world.device)
             labels = on_device["label"]
-            logits = method.logits(on_device["image"])
-            loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-            total += (hits(logits, labels, 1), hits(logits, labels, 5), float(loss))
+            with torch.inference_mode():
+                logits = method.logits(on_device["image"])
+                loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+                best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+                among = (best == labels[:, None]).any(dim=1)
+                found = torch.stack([on_device["index"], labels, best[:, 0], among.long()], dim=1)
+            rows.append(found.cpu().numpy())
     loader.close()
     count = census.close(world)
     if not count:
         raise RuntimeError("no image could be evaluated")
-    top1, top5, loss_sum = world.sum(total.tolist()).tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_loss": loss_sum / count, "eval_images": count}
+    everything = np.concatenate(world.gather(np.concatenate(rows)))
+    indices, labels, predicted, among = everything[np.argsort(everything[:, 0])].T
+    return Outcome(indices, labels, predicted, among.astype(bool), float(world.sum([loss])[0]) / count)
 
 
 @contextmanager

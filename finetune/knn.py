@@ -1,7 +1,7 @@
 """Weighted nearest-neighbour classification on frozen features: a look at an encoder that trains nothing.
 
 As Wu et al. (arXiv:1805.01978, section 3.4) and DINO (arXiv:2104.14294, section 4.1) do it: features are the mean of
-the encoder's last map, compared by their cosine; the k nearest training images vote for their class with weight
+the encoder's last map (or its class token, as in DINO), compared by their cosine; the k nearest training images vote for their class with weight
 ``exp(cosine / temperature)``.
 
 Shapes: ``N`` queries, ``M`` keys (training images) of one process, ``D`` features, ``k`` neighbours, ``K`` classes.
@@ -15,20 +15,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.loader import Loader
+from data.sources import ImageIndex
 from engine.config import ConfigError, user_errors
-from engine.log import progress
 from engine.loop import peak_memory
 from engine.report import record
 from engine.schema import EncoderConfig, option
 from engine.world import World, to_device
 from finetune import sets, weights
 from finetune.config import FinetuneData
-from finetune.evaluate import Census
-from models.encoder import pooled_features
-from models.pixels import normalise, to_unit
+from finetune.features import KINDS, Frozen, extract
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +37,7 @@ CHUNK = 2**25
 class KNNSection:
     """How the neighbours vote."""
 
+    features: str = option("mean", "mean of the last map, class token, or what the model's own head gets", choices=KINDS)
     k: list[int] = option([20], "numbers of neighbours, each its own result", ge=1)
     temperature: float = option(0.07, "of the votes exp(cosine / temperature)", gt=0)
 
@@ -72,9 +70,9 @@ def check(config: KNNConfig) -> None:
 def run(config: KNNConfig, world: World) -> None:
     """Measure and append one result per ``knn.k`` to results.json."""
     started = time.perf_counter()
-    encoder, found = build(config, world)
-    keys, key_labels = extract(encoder, sets.eval_loader(found.train, config, world), config.data, world)
-    queries, labels = extract(encoder, sets.eval_loader(found.val, config, world), config.data, world)
+    frozen, found = build(config, world)
+    keys, key_labels = unit_features(frozen, found.train, config, world)
+    queries, labels = unit_features(frozen, found.val, config, world)
     nearest = shared_neighbours(keys, key_labels, queries, max(config.knn.k), world)
     labels = torch.cat(world.gather(labels))
     for k in config.knn.k:
@@ -83,6 +81,7 @@ def run(config: KNNConfig, world: World) -> None:
         row = {
             "task": config.task,
             "recipe": config.recipe,
+            "features": config.knn.features,
             "k": k,
             "top1": 100 * float((votes.argmax(dim=1) == labels).double().mean()),
             "top1_majority": 100 * float((majority.argmax(dim=1) == labels).double().mean()),
@@ -104,50 +103,34 @@ def run(config: KNNConfig, world: World) -> None:
 
 def dry_run(config: KNNConfig, world: World) -> dict[str, Any]:
     """``--dry_run``: features of one batch."""
-    encoder, found = build(config, world)
+    frozen, found = build(config, world)
     batch = to_device(next(sets.eval_loader(found.val, config, world).batches(0)), world.device)
     started = time.perf_counter()
-    features = embed(encoder, batch["image"], config.data)
+    features = frozen(batch["image"])
     return {
         "train_images": len(found.train),
         "eval_images": len(found.val),
         "features": features.shape[1],
-        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "parameters": sum(p.numel() for p in frozen.encoder.parameters()),
         "peak_memory_gb": round(peak_memory(world.device) / 2**30, 3),
         "images_per_second": round(len(features) * world.size / (time.perf_counter() - started), 2),
     }
 
 
-def build(config: KNNConfig, world: World) -> tuple[nn.Module, sets.Sets]:
+def build(config: KNNConfig, world: World) -> tuple[Frozen, sets.Sets]:
     """Frozen encoder and labelled images."""
     with user_errors():
         found = sets.find_sets(config.data, config.seed)
         if max(config.knn.k) > len(found.train):
             raise ConfigError(f"knn.k={max(config.knn.k)} neighbours of {len(found.train)} training images: lower it")
-        encoder = weights.build(config.encoder, config.data, config.seed, num_classes=0)
-    return encoder.to(world.device).eval(), found
+        encoder = weights.build(config.encoder, sets.at_eval_size(config.data), config.seed, num_classes=0)
+        return Frozen(encoder, config.data, config.knn.features, world.device), found
 
 
-def embed(encoder: nn.Module, image: Tensor, data: FinetuneData) -> Tensor:
-    """Images (B, C, H, W) uint8 or float in [0, 1] -> (B, D) float32 of length 1."""
-    with torch.inference_mode():
-        return F.normalize(pooled_features(encoder, normalise(to_unit(image), data.mean, data.std)), dim=1)
-
-
-def extract(encoder: nn.Module, loader: Loader, data: FinetuneData, world: World) -> tuple[Tensor, Tensor]:
-    """This process's share of a set -> features (M, D) float32 on its device, labels (M,) int64 on the CPU."""
-    census = Census(loader)
-    # The width of no images at all (more processes than images) is that of one black image.
-    height, width = sets.eval_size(data)
-    features = [embed(encoder, torch.zeros(1, data.in_chans, height, width, device=world.device), data)[:0]]
-    labels = [torch.zeros(0, dtype=torch.int64)]
-    for batch in progress(loader.batches(0), world, "features", total=len(loader), leave=False, unit="batch"):
-        census.add(batch["index"])
-        features.append(embed(encoder, to_device(batch, world.device)["image"], data))
-        labels.append(batch["label"])
-    loader.close()
-    census.close(world)
-    return torch.cat(features), torch.cat(labels)
+def unit_features(frozen: Frozen, index: ImageIndex, config: KNNConfig, world: World) -> tuple[Tensor, Tensor]:
+    """This process's share of a set -> features (M, D) float32 of length 1 on its device, labels (M,) int64 on the CPU."""
+    found = extract(frozen, sets.eval_loader(index, config, world), world)
+    return F.normalize(found.features, dim=1, out=found.features), found.labels
 
 
 def shared_neighbours(keys: Tensor, key_labels: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:

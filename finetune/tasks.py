@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.world import World
-from finetune import classify, knn
+from finetune import analyse, classify, knn, probe
 from finetune.config import ClassifyConfig
 
 
@@ -21,7 +21,9 @@ class Task:
 
 TASKS = {
     "classify": Task(ClassifyConfig, classify.check, classify.run, classify.dry_run),
+    "probe": Task(probe.ProbeConfig, probe.check, probe.run, probe.dry_run),
     "knn": Task(knn.KNNConfig, knn.check, knn.run, knn.dry_run),
+    "analyse": Task(analyse.AnalyseConfig, analyse.check, analyse.run, analyse.dry_run),
 }
 
 SCHEMAS = {name: task.schema for name, task in TASKS.items()}

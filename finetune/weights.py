@@ -2,10 +2,10 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from engine.config import ConfigError, user_errors
 from engine.files import write_atomically, write_json
 from engine.schema import EncoderConfig
 from engine.world import seed_step
+from finetune import heads
 from finetune.config import FinetuneData
 from finetune.sets import eval_size
 from models.encoder import build_encoder, head_prefixes
@@ -49,29 +50,39 @@ def build(
     num_classes: int,
     *,
     head_init_scale: float = 1.0,
+    classes: heads.Classes | None = None,
     whole: bool = False,
 ) -> nn.Module:
     """The timm model of ``encoder`` for images of ``data.image_size``, with its weights if it has any.
 
     Pre-trained weights are loaded strictly, and resized for the image size: see ``models.pretrained``. ``num_classes`` 0
     leaves out the classifier; ``whole`` demands that it is in the file.
-    A new classifier on a pre-trained encoder starts with its weights times ``head_init_scale``.
+    A new classifier on a pre-trained encoder starts with its weights times ``head_init_scale``; ``classes`` say
+    whether it is new (see ``finetune.heads``); without them it is, unless one in the file fits.
     """
     # The same initial weights on every process, whatever they have drawn so far.
     seed_step(seed, -1, 0)
     size = (data.image_size[0], data.image_size[1])
     asked: dict[str, Any] = dict(name=encoder.name, in_chans=data.in_chans, image_size=size, kwargs=encoder.kwargs)
-    model: nn.Module = build_encoder(**asked, drop_path_rate=encoder.drop_path_rate, num_classes=num_classes)
-    if eval_size(data) != size and hasattr(model, "set_input_size") and not encoder.kwargs.get("dynamic_img_size"):
-        raise ConfigError(
-            f"data.eval_image_size={data.eval_image_size}: {encoder.name} has a fixed image size, {data.image_size}; "
-            "leave it unset, or set encoder.kwargs.dynamic_img_size=true"
-        )
+    build = partial(build_encoder, **asked, drop_path_rate=encoder.drop_path_rate, num_classes=num_classes)
+    model: nn.Module = build()
+    if eval_size(data) != size and hasattr(model, "set_input_size") and "dynamic_img_size" not in encoder.kwargs:
+        seed_step(seed, -1, 0)
+        try:
+            model = build(kwargs={**encoder.kwargs, "dynamic_img_size": True})
+        except ValueError:
+            raise ConfigError(
+                f"data.eval_image_size={data.eval_image_size}: {encoder.name} takes images of {data.image_size} only; leave it "
+                "unset"
+            ) from None
     if not encoder.pretrained:
         # BEiT's small classifier is for a trained encoder; from scratch it would only slow down the start.
         if head_init_scale != 1:
             log.info("classify.head_init_scale=%g is left out: the encoder is not pre-trained", head_init_scale)
+        if classes is not None and classes.head_init == "transfer":
+            log.info("classify.head_init=transfer is left out: the encoder is not pre-trained")
         return model
+    fresh = heads.classifier(model)
     try:
         new = load_pretrained(model, encoder.pretrained, whole=whole, **asked)
     except ValueError as error:
@@ -84,19 +95,13 @@ def build(
     if whole and new:
         raise ConfigError(
             f"encoder.pretrained={encoder.pretrained} has no classifier for these {num_classes} classes: "
-            f"{', '.join(new)} missing or of another shape"
+            f"{', '.join(new)} missing or of another shape; "
+            "data.class_list=FILE names the classifier's classes as their folders are called, one per line in its order"
         )
-    if new:
-        scale_head(model, head_init_scale)
+    if num_classes and not whole:
+        kept = not fresh.keys() & set(new)
+        heads.begin(model, fresh, encoder.pretrained, kept, head_init_scale, classes or heads.Classes())
     return model
-
-
-def scale_head(model: nn.Module, scale: float) -> None:
-    """Multiply the classifier's weights and biases by ``scale`` (BEiT's ``init_scale``)."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(head_prefixes(model)):
-                parameter.mul_(scale)
 
 
 def save_model(

@@ -9,10 +9,11 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import models.convvit  # registers convvit_* in timm
 import models.grn  # noqa: F401  (registers convnextv2_ablation in timm)
+from models.files import read_state_dict
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'")  # Python's words, and timm's
 
@@ -181,23 +182,6 @@ def unused_parameters(
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or ``.pth`` file (never unpickling code); a nested ``model``, ``module`` or ``state_dict`` is opened."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the readers raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as weights, a .safetensors or .pth of tensors ({reason})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not weights by name")
-    for key in ("model", "module", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Key prefixes of a timm model's classifier."""
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
@@ -244,12 +228,12 @@ def _channels(model: nn.Module, state: Mapping[str, Tensor], unfit: Sequence[str
     """Where a first convolution differs in its input channels alone: both numbers, and what to do."""
     for key in unfit:
         asked, found = model.state_dict()[key].shape, state[key].shape
-        if key.removesuffix(".weight") in _first_convs(model) and (asked[0], *asked[2:]) == (found[0], *found[2:]):
+        if key.removesuffix(".weight") in first_convs(model) and (asked[0], *asked[2:]) == (found[0], *found[2:]):
             return f"{key} is for {found[1]} input channels, the encoder asked for has {asked[1]}: set data.in_chans"
     return ""
 
 
-def _first_convs(model: nn.Module) -> tuple[str, ...]:
+def first_convs(model: nn.Module) -> tuple[str, ...]:
     """Names of the layers that a timm model's input meets first."""
     names = getattr(model, "default_cfg", {}).get("first_conv") or ()
     return (names,) if isinstance(names, str) else tuple(names)

@@ -5,7 +5,6 @@ A method adds how it decodes: :meth:`MaskedAutoencoder.predict`. Shapes: ``B`` i
 """
 
 import dataclasses
-import functools
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,13 +108,16 @@ class MaskedAutoencoder(nn.Module):
             )
         )
         start_encoder(self.encoder, config)
-        features = functools.partial(stage_features, count=num_stages)
         if masked.backend != "dense":  # the network itself runs on sparse images as it is
-            check_sparse(self.encoder, geometry_of(masked.backend), self.patch, data.in_chans, features)
-        for name in unused_parameters(self.encoder, size, data.in_chans, features):
+            check_sparse(self.encoder, geometry_of(masked.backend), self.patch, data.in_chans, self.used_features)
+        for name in unused_parameters(self.encoder, size, data.in_chans, self.used_features):
             # Left trainable they would only be decayed towards zero, and handed on like that.
             log.info("encoder.%s is not used in pre-training: it keeps its initial value", name)
             self.encoder.get_parameter(name).requires_grad_(False)
+
+    def used_features(self, encoder: nn.Module, x: Tensor) -> list[Tensor]:
+        """All that pre-training uses of an encoder: what is checked, and whose parameters are trained."""
+        return stage_features(encoder, x, self.num_stages)
 
     def prepared(self, encoder: nn.Module) -> nn.Module:
         """The encoder after whatever the method changes in it, before weights are loaded."""
@@ -155,9 +157,13 @@ class MaskedAutoencoder(nn.Module):
     def target(self, image: Tensor) -> Tensor:
         """Pixels of every patch, (B, h * w, p * q * C), float32 or wider."""
         if self.masked.norm_target:
-            mean, std = patch_statistics(image, self.patch)
+            mean, std = self.statistics(image)
             image = (image - mean) / std
         return patchify(image, self.patch)
+
+    def statistics(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that a target is normalised with, each (B, 1, H, W)."""
+        return patch_statistics(image, self.patch)
 
     def loss(self, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over a patch, then over the patches that count, of the whole batch."""
@@ -178,7 +184,7 @@ class MaskedAutoencoder(nn.Module):
         hidden = upsample(mask, self.patch).unsqueeze(1)
         if not self.masked.norm_target:
             return {"original_masked_reconstruction": self._grid(unit, hidden, prediction)}
-        mean, std = patch_statistics(image, self.patch)
+        mean, std = self.statistics(image)
         seen = image[(~hidden).expand_as(image)].view(len(image), -1)
         own = (prediction * seen.std(dim=1).view(-1, 1, 1, 1)) + seen.mean(dim=1).view(-1, 1, 1, 1)
         return {

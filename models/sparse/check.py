@@ -47,6 +47,10 @@ def check(
     tried = Tiles if geometry is Masked else geometry  # the reference is compared with another backend, too
     with torch.random.fork_rng(devices=[]):
         double = randomised(model)
+        resize = getattr(double, "set_input_size", None)
+        if resize is not None:  # positions are for images of one size
+            with _named_errors(double):
+                resize(img_size=size)
         mask = random_mask(2, GRID, HIDDEN[0], generator)
         _try_random(double, model, run, tried(mask, size).enter(images))
         double.train()

@@ -65,6 +65,10 @@ class Geometry(abc.ABC):
         """The inverse of :meth:`rows`; hidden sites, where stored, are zeros."""
 
     @abc.abstractmethod
+    def places(self, sites: Sites) -> Tensor:
+        """Where each of :meth:`rows` lies on the dense map, counted row by row through an image: (B, sites) int64."""
+
+    @abc.abstractmethod
     def dense(self, x: Tensor, sites: Sites) -> Tensor:
         """The map (B, C, H, W), zeros at hidden sites."""
 

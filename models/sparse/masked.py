@@ -63,6 +63,10 @@ class Masked(Geometry):
         out[self.visible_sites(sites.side)] = rows.flatten(0, 1)
         return out.permute(0, 3, 1, 2)
 
+    def places(self, sites: Sites) -> Tensor:
+        _, row, column = self.visible_sites(sites.side)
+        return (row * sites.side[1] + column).view(self.batch, -1)
+
     def dense(self, x: Tensor, sites: Sites) -> Tensor:
         # Not a product: a hidden site may hold anything, infinities too.
         return x if sites.clean else x.masked_fill(self.hidden(sites.side).unsqueeze(1), 0.0)

@@ -62,6 +62,10 @@ class Tiles(Geometry):
     def from_rows(self, rows: Tensor, sites: Sites) -> Tensor:
         return unflat(rows.reshape(-1, rows.shape[-1]), sites.side)
 
+    def places(self, sites: Sites) -> Tensor:
+        size = self.grid[0] * sites.side[0] * self.grid[1] * sites.side[1]
+        return self.tiles_plan(sites.side).source.view(self.batch, -1) % size
+
     def dense(self, x: Tensor, sites: Sites) -> Tensor:
         return self.canvas(x, sites.side)
 

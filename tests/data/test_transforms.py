@@ -148,6 +148,20 @@ def test_evaluation_covers_any_size(size: tuple[int, int]) -> None:
     assert abs(float(out[0].mean()) - 0.5) < 0.02 and abs(float(out[1].mean()) - 0.5) < 0.02
 
 
+@pytest.mark.parametrize("size", [(96, 96), (61, 200), (200, 61)])
+def test_a_squashed_image_is_shown_whole(size: tuple[int, int]) -> None:
+    image = _image(3, *size)
+    got = EvalTransform((96, 80), 1.0, squash=True)(image, _generator())["image"]
+    expected = tv.resize(image, [96, 80], tvt.InterpolationMode.BICUBIC, antialias=True)
+    assert got.shape == (3, 96, 80) and (got.int() - expected.int()).abs().max() <= 1
+    corners = EvalTransform((40, 24), 1.0, squash=True)(_ramp(*size), _generator())["image"]
+    assert (
+        corners[0, 0, 0] < 0.05 and corners[1, 0, 0] < 0.05 and corners[0, -1, -1] > 0.95 and corners[1, -1, -1] > 0.95
+    )
+    with pytest.raises(ValueError, match=r"not cropped: crop_ratio must be 1, got 0\.875"):
+        EvalTransform((96, 80), 0.875, squash=True)
+
+
 def test_a_ribbon_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     real = transforms.resize
@@ -169,7 +183,7 @@ def _augment(**settings: object) -> TrainAugment:
     return TrainAugment((32, 40), 3, **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w2", "v0", "original-mstd0.5", "3a"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w2", "v0", "original-mstd0.5", "3a", "trivial"])
 def test_policies_depend_on_the_generator_only(policy: str) -> None:
     transform = _augment(auto_augment=policy, erase_prob=0.5, color_jitter=0.3)
     states = random.getstate(), torch.get_rng_state()
@@ -183,6 +197,23 @@ def test_policies_depend_on_the_generator_only(policy: str) -> None:
     assert all(image.dtype == torch.uint8 and image.shape == (3, 32, 40) for image in first)
     plain = _augment()
     assert sum(not torch.equal(plain(_image(), _generator(s))["image"], first[s]) for s in range(12)) > 8
+
+
+def test_trivial_augment_is_torchvisions() -> None:
+    image, size = _image(), (32, 40)
+    policy = tvt.TrivialAugmentWide(interpolation=tvt.InterpolationMode.BICUBIC)
+    different = 0
+    for seed in range(12):
+        generator = _generator(seed)
+        crop = CropResize(size, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)(image, generator)["image"]
+        picture = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**32, (), generator=generator)))
+            expected = torch.from_numpy(np.array(policy(picture))).permute(2, 0, 1)
+        got = _augment(auto_augment="trivial")(image, _generator(seed))["image"]
+        assert torch.equal(got, expected)
+        different += not torch.equal(got, crop)
+    assert different > 6
 
 
 def test_posterize_to_nothing_is_black() -> None:

@@ -45,11 +45,16 @@ class Toy:
             check=self.check,
             run=self.note("run"),
             dry_run=lambda config, world: {"parameters": 1234567, "seconds": 0.25},
-            commands={"plan": self.note("plan")},
+            commands={"plan": self.plan},
+            shorthands={"twice": cli.Shorthand("power", "power=2 times that", lambda value: str(2 * int(value)))},
         )
 
     def note(self, what: str) -> Callable[[Any, World], None]:
         return lambda config, world: self.done.append((what, config))
+
+    def plan(self, program: cli.Program, flags: list[str], words: list[str]) -> int:
+        self.done.append((f"plan {flags}", cli.read_config(program, *cli.take_recipe(program, words))))
+        return 7
 
     def check(self, config: ToySettings) -> None:
         if config.power == 13:
@@ -69,11 +74,25 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World) -> Toy:
 
 def test_a_recipe_is_run_with_its_overrides(toy: Toy, tmp_path: Path) -> None:
     assert toy("small", f"data.path={tmp_path}", "power=3") == 0
-    assert toy("plan", "small", "power=4", f"data.path={tmp_path}") == 0
+    assert toy("plan", "small", "--show", "power=4", f"data.path={tmp_path}") == 7
     (what, config), (command, planned) = toy.done
     assert (what, config.power, config.train.steps, config.recipe) == ("run", 3, 3, "small")
-    assert (command, planned.power) == ("plan", 4)
+    assert (command, planned.power) == ("plan ['--show']", 4)
     assert config.output_dir == "output/small" and config.data.mean == [0.485, 0.456, 0.406]
+
+
+def test_a_word_may_stand_for_a_setting(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    def power(name: str, *words: str) -> int:
+        return int(cli.read_config(toy.program, name, list(words)).power)
+
+    (toy.folder / "short.yaml").write_text("method: toy\ntwice: 4\n")
+    (toy.folder / "both.yaml").write_text("method: toy\ntwice: 4\npower: 3\n")
+    assert power("small", "twice=3") == 6 and power("large", "twice=3") == 6
+    assert power("short") == 8 and power("short", "twice=5") == 10 and power("short", "power=3") == 3
+    for words in (["small", "twice=3", "power=6"], ["both"]):
+        with pytest.raises(ConfigError, match="twice stands for power: give one of the two"):
+            power(*words)
+    assert toy("--help", "short") == 0 and "power=2 times that" in capsys.readouterr().out
 
 
 def test_a_recipe_is_also_a_path_even_one_with_an_equals_sign(toy: Toy, tmp_path: Path) -> None:

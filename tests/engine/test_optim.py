@@ -1,6 +1,5 @@
 """Parameter groups: every parameter once, decayed where it should be, at the learning rate of its layer."""
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ConfigError
-from engine.optim import build_optimizer, param_groups, set_step, table, timm_layers
+from engine.layers import timm_layers
+from engine.optim import build_optimizer, param_groups, set_step, table
 from engine.schema import OptimConfig
 from models.beit import BEiT
 from models.encoder import build_encoder
-from tests.shared import SHARED, needs_shared
 
 TINY_VIT = dict(embed_dim=24, num_heads=2, depth=3)
 CONVNEXT = dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20))
@@ -239,54 +238,6 @@ def test_a_model_without_an_order_is_refused_unless_nothing_decays() -> None:
     caformer = build("caformer_s18")
     with pytest.raises(ConfigError, match="MetaFormer states no layer order"):
         param_groups(Method(caformer), OptimConfig(layer_decay=0.5))
-
-
-class Tokened(nn.Module):
-    """A model whose token no pattern of its matcher knows."""
-
-    def __init__(self, matcher: Any) -> None:
-        super().__init__()
-        self.matcher = matcher
-        self.odd_token = nn.Parameter(torch.zeros(1, 1, 2))
-        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-        self.neck = nn.Linear(2, 2)
-
-    def group_matcher(self, coarse: bool = False) -> Any:
-        return self.matcher
-
-
-def test_a_token_that_belongs_to_no_layer_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"no layer of Tokened holds odd_token: use optim\.layer_decay=1"):
-        timm_layers(Tokened({"stem": None, "blocks": r"^blocks\.(\d+)"}))
-    with pytest.raises(ConfigError, match="no layer of Tokened holds odd_token"):
-        timm_layers(Tokened(lambda name: int(name.split(".")[1]) if name.startswith("blocks.") else math.inf))
-    # What comes after the last layer that is known belongs to the classifier.
-    layers = timm_layers(Tokened({"stem": r"^odd_token", "blocks": [(r"^blocks\.(\d+)", None)]}))
-    assert layers == {
-        "odd_token": 0,
-        **{f"blocks.{i}.{kind}": i + 1 for i in (0, 1) for kind in ("weight", "bias")},
-        **{f"neck.{kind}": 3 for kind in ("weight", "bias")},
-        "head.weight": 3,
-    }
-
-
-@needs_shared("goldens/layer_decay.json")
-def test_timms_order_of_a_beit_is_beits_own() -> None:
-    golden = json.loads((SHARED / "goldens" / "layer_decay.json").read_text())["beit_vit_base_default"]
-    encoder = build_encoder(
-        "beit_base_patch16_224",
-        in_chans=3,
-        image_size=(32, 32),
-        drop_path_rate=0.0,
-        num_classes=4,
-        kwargs=dict(embed_dim=24, num_heads=2),
-    )
-    decay = golden["settings"]["decay"]
-    method = nn.Module()
-    method.encoder = encoder
-    scales = by_name(param_groups(method, OptimConfig(layer_decay=decay)), "lr_scale")
-    expected = {f"encoder.{name}": scale for name, (_, scale, _) in golden["params"].items()}
-    assert scales == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_table_says_what_is_trained() -> None:

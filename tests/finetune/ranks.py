@@ -33,8 +33,9 @@ class ThreadWorld(World):
         meeting.barrier.wait()
         return found
 
-    def sum(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(self.gather(values), dtype=torch.float64).sum(dim=0)
+    def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
+        mine = torch.asarray(values, dtype=torch.float64, copy=True).detach()
+        return torch.stack(self.gather(mine)).sum(dim=0)
 
 
 def on_ranks(size: int, work: Callable[[World], T]) -> list[T]:

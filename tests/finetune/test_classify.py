@@ -137,7 +137,7 @@ def test_what_shows_only_with_the_data_is_refused_before_the_network_is_built(
         (["augment.cutmix=1", "train.batch_size=63"], "is odd"),
         (["augment.cutmix=1", "train.batch_size=62", "train.accumulation=2"], "is odd"),
         (["data.in_chans=2", "data.mean=[0,0]", "data.std=[1,1]", "augment.rand_augment=rand-m9"], "8-bit pictures"),
-        (["augment.rand_augment=nothing-m9"], "no policy of timm"),
+        (["augment.rand_augment=nothing-m9"], "is no policy"),
         (["train.batch_size=2000"], "less than one batch"),
         ([f"data.val_path={tmp_path}"], "no images"),
     ):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.encoder import build_encoder
-from models.interop import _TORCHVISION, InteropError, export_torchvision, main, torchvision_name
+from models.interop import InteropError, export_torchvision, torchvision_name
+from models.interop.__main__ import main
+from models.interop.torchvision import TORCHVISION
 
 RESNETS = ["resnet18", "resnet50", "resnext50_32x4d"]
 
@@ -30,13 +32,13 @@ def roused(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> Any
     return model.eval()
 
 
-def torchvision_network(kind: str, num_classes: int) -> Any:
+def torchvision_network(kind: str, num_classes: int, size: int = 224) -> Any:
     """torchvision's, without its last layer where there are no classes."""
-    model: Any = torchvision.models.get_model(kind, num_classes=num_classes or 1)
-    if not num_classes and kind.startswith("convnext"):
-        model.classifier[2] = nn.Identity()
-    elif not num_classes:
-        model.fc = nn.Identity()
+    twin = TORCHVISION[kind]
+    sized = {"image_size": size} if kind.startswith("vit_") else {}
+    model: Any = torchvision.models.get_model(twin.name, num_classes=num_classes or 1, **sized)
+    if not num_classes:
+        model.set_submodule(twin.last, nn.Identity())
     return model
 
 
@@ -53,7 +55,7 @@ def test_torchvision_gives_the_same(kind: str, num_classes: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", list(_TORCHVISION))
+@pytest.mark.parametrize("kind", list(TORCHVISION))
 def test_every_torchvision_name_loads_strictly(kind: str) -> None:
     """By name and shape; the numbers are those of the smaller ones above."""
     with torch.device("meta"):
@@ -171,7 +173,7 @@ def test_export_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         "holds no encoder.safetensors": [str(empty), out, "--to", "timm"],
         "cannot be read as weights": [str(tmp_path / "nothing.pth"), out, "--to", "timm", "--name", "resnet18"],
         "network of ours": [str(bare), out, "--to", "timm", "--name", "convnextv2_ablation"],
-        "missing keys": [str(bare), out, "--to", "timm", "--name", "test_resnet"],
+        "no key of it is one of ResNet's": [str(bare), out, "--to", "timm", "--name", "test_resnet"],
         "is no timm model": [str(bare), out, "--to", "timm", "--name", "resnetx"],
     }
     for message, arguments in cases.items():

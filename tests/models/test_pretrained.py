@@ -9,6 +9,7 @@ import timm.models._builder as builder
 import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import nn
 
 from engine.schema import EncoderConfig
@@ -168,17 +169,21 @@ def test_a_file_named_like_the_word_is_given_as_a_path(tmp_path: Path, monkeypat
     assert torch.equal(model.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
 
 
-def test_a_file_of_other_channels_says_so(tmp_path: Path) -> None:
-    saved(tmp_path / "weights.safetensors", in_chans=1)
-    with pytest.raises(
-        ValueError, match=r"conv1\.0\.weight is for 1 input channels, the encoder asked for has 3: set data\.in_chans"
-    ):
-        load("test_resnet", str(tmp_path / "weights.safetensors"))
+def test_a_file_of_other_channels_is_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As timm does it, and told; with a description, too."""
+    state = saved(tmp_path / "weights.safetensors", in_chans=1)
+    model, _ = load("test_resnet", str(tmp_path / "weights.safetensors"))
+    wanted = adapt_input_conv(3, state["conv1.0.weight"], base_chans=1)
+    assert torch.equal(model.state_dict()["conv1.0.weight"], wanted)
+    card: dict[str, Any] = {"name": "test_resnet", "kwargs": {}, "in_chans": 1, "image_size": [64, 96]}
+    with caplog.at_level("WARNING"):
+        check_card("run", card, name="test_resnet", in_chans=3, kwargs={}, mean=[0.5] * 3, std=[0.5] * 3)
+    assert "data.in_chans=3, but run was made with 1: its first layer is adapted" in caplog.text
 
 
 def test_a_file_of_another_network_is_not_blamed_on_its_channels(tmp_path: Path) -> None:
     saved(tmp_path / "weights.safetensors", name="test_convnext")
-    with pytest.raises(ValueError, match="is it the same model, size and image size"):
+    with pytest.raises(ValueError, match=r"no key of it is one of ResNet's\. It holds head\.fc"):
         load("test_resnet", str(tmp_path / "weights.safetensors"))
 
 

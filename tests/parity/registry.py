@@ -1,9 +1,9 @@
 """The kinds of golden files that can be run. A new one is one file with a ``KIND`` and one line here."""
 
-from tests.parity import beit, dalle, fcmae, spark
+from tests.parity import beit, convmae, dalle, fcmae, spark
 from tests.parity.golden import Golden, GoldenError, Kind
 
-KINDS: tuple[Kind, ...] = (dalle.KIND, beit.KIND, fcmae.KIND, spark.KIND)
+KINDS: tuple[Kind, ...] = (dalle.KIND, beit.KIND, fcmae.KIND, spark.KIND, convmae.KIND, convmae.CLASSIFIER)
 
 
 def kind_of(golden: Golden) -> Kind:

@@ -1,0 +1,106 @@
+"""Files of tensors, read without running anything in them."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+_WRAPPERS = ("model", "module", "state_dict")
+_AVERAGES = ("model_ema", "state_dict_ema", "ema")
+"""Where training codes put the weights, and their moving average"""
+
+
+@dataclass
+class Saved:
+    """Tensors by name, and what else lay in their file, which is not read."""
+
+    state: dict[str, Tensor]
+    beside: list[str] = field(default_factory=list)
+
+
+def read_saved(path: str | Path, *, ema: bool = False) -> Saved:
+    """Tensors of a ``.safetensors`` or ``.pth`` file; a nested ``model``, ``module`` or ``state_dict`` is opened.
+
+    ``ema`` opens ``model_ema``, ``state_dict_ema`` or ``ema`` instead. The prefix ``module.`` that torch's parallel
+    wrappers give to every name is taken off.
+
+    Raises:
+        ValueError: in one line, what the file is instead.
+    """
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise ValueError(f"{path} cannot be read as weights, a .safetensors or .pth of tensors (it {what})")
+    found: Any = _read_safetensors(path) if _is_safetensors(path) else load_pickle(path)
+    beside: list[str] = []
+    wanted = _AVERAGES if ema else _WRAPPERS
+    inner = next((key for key in wanted if isinstance(found.get(key), Mapping)), None)
+    if inner is not None:
+        beside, found = [str(key) for key in found if key != inner], found[inner]
+    elif ema:
+        raise ValueError(f"{path} keeps no moving average: none of {', '.join(_AVERAGES)} is in it")
+    state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    beside += [str(key) for key in found if str(key) not in state]
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return Saved(state, beside)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors alone: see :func:`read_saved`."""
+    return read_saved(path).state
+
+
+def load_pickle(path: str | Path, *, lazily: bool = False) -> dict[str, Any]:
+    """What ``torch.save`` wrote, a dictionary, on the CPU; ``lazily`` leaves tensors on the disk until they are used.
+
+    Only tensors, plain values and the command line (``argparse.Namespace``) that many codes save beside them are known.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily or None)
+    except Exception as error:  # damaged bytes make the readers raise almost anything
+        raise _unreadable(path, error) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not weights by name")
+    return found
+
+
+def _is_safetensors(path: str | Path) -> bool:
+    with Path(path).open("rb") as file:
+        head = file.read(9)
+    return Path(path).suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[:2] != b"PK")
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> ValueError:
+    """One line that says what the file is, as far as its beginning tells."""
+    with Path(path).open("rb") as file:
+        head = file.read(64).lstrip()
+    if head[:1] == b"<":
+        reason = "it is a web page: the download asked for something else"
+    elif head.startswith(b"version https://git-lfs"):
+        reason = "it is Git LFS's pointer to the file, not the file: fetch it with git lfs pull"
+    elif not head:
+        reason = "it is empty"
+    elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        reason = f"it holds Python objects such as {found[1]}, which are not loaded: save the state_dict() alone"
+    elif head.startswith(b"PK") and "zip archive" in str(error):
+        reason = "it is damaged or cut short"
+    else:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+    return ValueError(f"{path} cannot be read as weights, a .safetensors or .pth of tensors ({reason})")

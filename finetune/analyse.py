@@ -133,7 +133,7 @@ def run(config: AnalyseConfig, world: World) -> None:
             if not (folder / "config.yaml").is_file():
                 write_text(folder / "config.yaml", to_yaml(config))
             selectivity, distance = _means(layers)
-            row = {
+            row: dict[str, Any] = {
                 "task": config.task,
                 "recipe": config.recipe,
                 **{k: found[-1][k] for k in ("label", "encoder", "init")},

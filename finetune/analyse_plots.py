@@ -33,10 +33,8 @@ def save(networks: list[dict[str, Any]], folder: Path) -> None:
 
 def write(figure: Any, path: Path) -> None:
     """Both files of one plot."""
-    for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 120})):
-        write_atomically(
-            path.with_suffix(f".{kind}"), lambda draft, kind=kind, o=options: figure.savefig(draft, format=kind, **o)
-        )
+    write_atomically(path.with_suffix(".svg"), lambda to: figure.savefig(to, format="svg", metadata={"Date": None}))
+    write_atomically(path.with_suffix(".png"), lambda to: figure.savefig(to, format="png", dpi=120))
 
 
 def over_layers(networks: list[dict[str, Any]], key: str, words: str) -> Any:

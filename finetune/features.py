@@ -68,7 +68,7 @@ class Frozen:
 
 def prepare(encoder: nn.Module, device: torch.device) -> nn.Module:
     """The encoder on its device, frozen, in evaluation mode and in the memory layout that suits it."""
-    return encoder.to(device, memory_format=layout(encoder)).eval().requires_grad_(False)  # type: ignore[call-overload, no-any-return]
+    return encoder.to(device, memory_format=layout(encoder)).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 
 def layout(encoder: nn.Module) -> torch.memory_format:

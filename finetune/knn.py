@@ -1,8 +1,8 @@
 """Weighted nearest-neighbour classification on frozen features: a look at an encoder that trains nothing.
 
 As Wu et al. (arXiv:1805.01978, section 3.4) and DINO (arXiv:2104.14294, section 4.1) do it: features are the mean of
-the encoder's last map (or its class token, as in DINO), compared by their cosine; the k nearest training images vote for their class with weight
-``exp(cosine / temperature)``.
+the encoder's last map (or its class token, as in DINO), compared by their cosine; the k nearest training images vote
+for their class with weight ``exp(cosine / temperature)``.
 
 Shapes: ``N`` queries, ``M`` keys (training images) of one process, ``D`` features, ``k`` neighbours, ``K`` classes.
 """
@@ -37,7 +37,9 @@ CHUNK = 2**25
 class KNNSection:
     """How the neighbours vote."""
 
-    features: str = option("mean", "mean of the last map, class token, or what the model's own head gets", choices=KINDS)
+    features: str = option(
+        "mean", "mean of the last map, class token, or what the model's own head gets", choices=KINDS
+    )
     k: list[int] = option([20], "numbers of neighbours, each its own result", ge=1)
     temperature: float = option(0.07, "of the votes exp(cosine / temperature)", gt=0)
 

@@ -82,7 +82,7 @@ class FeatureNorm(nn.BatchNorm1d):
         mean = total / count
         var = (squares / count - mean**2).clamp(min=0)
         with torch.no_grad():
-            self.num_batches_tracked += 1  # type: ignore[operator]
+            self.num_batches_tracked += 1  # type: ignore[assignment, operator]
             self.running_mean.lerp_(mean.float(), self.momentum)  # type: ignore[union-attr, arg-type]
             unbiased = var * count / (count - 1).clamp(min=1)
             self.running_var.lerp_(unbiased.float(), self.momentum)  # type: ignore[union-attr, arg-type]
@@ -216,7 +216,7 @@ def run(config: ProbeConfig, world: World) -> None:
 
 def dry_run(config: ProbeConfig, world: World) -> dict[str, Any]:
     """``--dry_run``: one step of the augmented way, whichever is asked for: it is the larger."""
-    config.probe.augment = True
+    config = dataclasses.replace(config, probe=dataclasses.replace(config.probe, augment=True))
     parts = build(config, world)
     loader = train_loader(parts.fit, config, world)
     counts = {"train_images": len(parts.fit), "held_out_images": len(parts.held_out or ())}
@@ -252,11 +252,12 @@ def _augmented(parts: Parts, config: ProbeConfig, world: World) -> Done:
     peak, last = peak_lr(config.optim, config.train.batch_size), Done([], 0, 0, 1)
 
     def evaluate(model: Any) -> dict[str, float]:
-        scores = [
-            None if one is None else tally(model.heads, ((x, y) for x, y, _ in stream(parts.frozen, one, world)), world)
-            for one in (kept, test)
-        ]
-        last.table, last.eval_images = tabulate(config.probe.lr_factors, peak, scores[0], scores[1]), scores[1][1]
+        def score(one: Loader) -> tuple[Tensor, int]:
+            return tally(model.heads, ((x, y) for x, y, _ in stream(parts.frozen, one, world)), world)
+
+        tested = score(test)
+        last.table = tabulate(config.probe.lr_factors, peak, None if kept is None else score(kept), tested)
+        last.eval_images = tested[1]
         return choose(last.table)
 
     # What is trained is small, the encoder beside it is not saved: a continued run must find the same one.
@@ -273,12 +274,11 @@ def _fixed(parts: Parts, config: ProbeConfig, world: World) -> Done:
         write_text(folder / "config.yaml", to_yaml(config))
     fit = extract(parts.frozen, sets.eval_loader(parts.fit, config, world), world)
     plan = train_on(fit, len(parts.fit), parts.heads, config, world)
-    scores = [
-        None if index is None else _score(parts, index, config, world) for index in (parts.held_out, parts.found.val)
-    ]
     peak = peak_lr(config.optim, _whole_batch(config, len(parts.fit)))
-    table = tabulate(config.probe.lr_factors, peak, scores[0], scores[1])
-    return Done(table, scores[1][1], plan.steps, plan.steps_per_epoch)
+    kept = None if parts.held_out is None else _score(parts, parts.held_out, config, world)
+    tested = _score(parts, parts.found.val, config, world)
+    table = tabulate(config.probe.lr_factors, peak, kept, tested)
+    return Done(table, tested[1], plan.steps, plan.steps_per_epoch)
 
 
 def _score(parts: Parts, index: Any, config: ProbeConfig, world: World) -> tuple[Tensor, int]:

@@ -155,7 +155,7 @@ class ConvViT(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = dim = embed_dims[2]
         strides = [patch_sizes[0], patch_sizes[0] * patch_sizes[1], patch_sizes[0] * patch_sizes[1] * patch_sizes[2]]
         self.stride: int = strides[2]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"module": f"stages.{index}", "num_chs": chans, "reduction": stride}
             for index, (chans, stride) in enumerate(zip(embed_dims, strides, strict=True))
         ]
@@ -325,7 +325,7 @@ class Pyramid(FeatureGetterNet):
         network = cast(ConvViT, model)
         network.reset_classifier(0)
         last = network.feature_info[-1]
-        pooled = {"module": "stages.2", "num_chs": last["num_chs"], "reduction": 2 * cast(int, last["reduction"])}
+        pooled = {"module": "stages.2", "num_chs": last["num_chs"], "reduction": 2 * last["reduction"]}
         network.feature_info = [*network.feature_info, pooled]
         super().__init__(network, **settings)
 

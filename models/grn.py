@@ -15,7 +15,7 @@ import torch
 from timm.layers import SqueezeExcite
 from timm.layers.cbam import CbamModule
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
 from models.sparse import like_image, per_image
@@ -194,11 +194,16 @@ def convnextv2_ablation(
     residual: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm ConvNeXt V2, named ``base``, with another form of GRN or another layer in its place; so it is fine-tuned, too."""
-    if pretrained:
+    """A timm ConvNeXt V2, named ``base``, with another form of GRN or another layer in its place; so it is fine-tuned, too.
+
+    ``pretrained`` loads the weights of a folder or repository that timm was given (``local-dir:FOLDER``).
+    """
+    if pretrained and (kwargs.get("pretrained_cfg") or {}).get("source") not in ("local-dir", "hf-hub"):
         raise ValueError("convnextv2_ablation has no published weights: build it with pretrained=False")
-    model = timm.create_model(base, **kwargs)
+    model: Any = timm.create_model(base, **kwargs)
     form = GRNForm(layer, aggregation, normalisation, residual)
     if not replace_grn(model, form):
         raise ValueError(f"{base} has no GRN to replace: choose a convnextv2_* as base")
+    if pretrained:  # into the layers that are there now
+        load_pretrained(model, model.pretrained_cfg, num_classes=model.num_classes, in_chans=model.in_chans)
     return model

@@ -84,11 +84,6 @@ class ConvMAE(MaskedAutoencoder):
         convmae: ConvMAEConfig = config.convmae
         super().__init__(config, num_stages=3 if convmae.multi_scale else 1)
         self.stride = self.encoder.stride
-        if any(side % self.stride for side in self.patch):
-            raise ValueError(
-                f"convmae.mask_patch={list(self.patch)} must be a multiple of the stride {self.stride} of "
-                f"{config.encoder.name}: choose such a patch, or an encoder of smaller stride"
-            )
         if convmae.masking == "random":
             self.patch = (self.encoder.patch_sizes[0],) * 2
             self.grid = (config.data.image_size[0] // self.patch[0], config.data.image_size[1] // self.patch[1])
@@ -114,6 +109,11 @@ class ConvMAE(MaskedAutoencoder):
         if not isinstance(encoder, ConvViT):
             raise ValueError(
                 f"encoder.name={self.config.encoder.name} has no convolution stages before a transformer: choose a convvit_*"
+            )
+        if any(side % encoder.stride for side in self.patch):
+            raise ValueError(
+                f"convmae.mask_patch={list(self.patch)} must be a multiple of the stride {encoder.stride} of "
+                f"{self.config.encoder.name}: choose such a patch, or an encoder of smaller stride"
             )
         if isinstance(encoder.norm, nn.Identity):
             encoder.norm, encoder.fc_norm = encoder.fc_norm, encoder.norm

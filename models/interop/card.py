@@ -19,8 +19,9 @@ def read_card(file: Path) -> dict[str, Any]:
     ``encoder.json`` beside ``encoder.safetensors``, ``config.yaml`` of the run that a checkpoint belongs to, or
     ``config.json`` in a folder from the hub.
     """
-    if file.is_dir():
-        return _run_card(file.parent.parent / "config.yaml")
+    if file.is_dir() or file.name == "ema.pt":
+        step = file if file.is_dir() else file.parent
+        return _run_card(step.absolute().parents[1] / "config.yaml")
     card = file.with_suffix(".json")
     if file.suffix == ".safetensors" and card.is_file():
         found = json.loads(card.read_text())

@@ -17,6 +17,9 @@ from models.interop.vit import beit_for
 
 log = logging.getLogger(__name__)
 
+_POSITIONS = ("pos_embed", "rel_pos_bias.", "blocks.")
+"""Beginnings of the names of what depends on the image size"""
+
 
 def load_weights(model: nn.Module, weights: Weights, image_size: tuple[int, int]) -> KeyReport:
     """Load ``weights`` into ``model``, a timm model for images of ``image_size``, strictly; the report is logged, too.
@@ -74,6 +77,12 @@ def fit(model: nn.Module, weights: Weights, image_size: tuple[int, int]) -> tupl
         report.matched.append(key)
         if fitted is not shaped:
             report.resized.append(f"{key} {tuple(value.shape)} -> {tuple(fitted.shape)}")
+    stride = _stride_of(model, found)
+    if source_grid and stride and any(row.startswith(_POSITIONS) for row in report.resized):
+        rows, columns = (side * pixels for side, pixels in zip(source_grid, stride, strict=True))
+        report.notes.append(
+            f"positions resized for images of {image_size[0]} x {image_size[1]} instead of {rows} x {columns}"
+        )
     for key in own:
         if key not in found or (key not in state and key.startswith(head)):
             free = key.startswith((*head, *weights.untrained))
@@ -105,8 +114,8 @@ def _resized(
     name = key.removesuffix(".weight")
     if name in first_convs(model) and value.ndim == own.ndim == 4:
         if value.shape[1] != own.shape[1] and value.shape[0] == own.shape[0]:
-            module: Any = model.get_submodule(name)
-            if getattr(module, "groups", 1) == 1:
+            conv: Any = model.get_submodule(name)
+            if getattr(conv, "groups", 1) == 1:
                 value = adapt_input_conv(own.shape[1], value, base_chans=value.shape[1])
         if name == "patch_embed.proj" and value.shape[2:] != own.shape[2:]:
             value = resample_patch_embed(value, list(own.shape[2:]))
@@ -150,13 +159,8 @@ def _grid_of(
 
     None where nothing depends on them.
     """
-    if source is not None and getattr(model, "feature_info", None):
-        stride, key = feature_stride(model), "patch_embed.proj.weight"
-        own = model.state_dict().get(key)
-        if own is not None and key in state:  # patches of another size, each as many pixels more or less
-            stride = tuple(
-                s * new // old for s, new, old in zip(stride, state[key].shape[2:], own.shape[2:], strict=True)
-            )
+    stride = _stride_of(model, state)
+    if source is not None and stride is not None:
         return source[0] // stride[0], source[1] // stride[1]
     own, saved = getattr(model, "pos_embed", None), state.get("pos_embed")
     if own is None or saved is None or own.ndim != 3 or saved.ndim != 3:
@@ -172,10 +176,25 @@ def _grid_of(
     return side, side
 
 
+def _stride_of(model: Any, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Pixels per token (rows, columns) of the network that ``state`` is of, where ``model`` tells its own."""
+    if not getattr(model, "feature_info", None):
+        return None
+    stride, key = feature_stride(model), "patch_embed.proj.weight"
+    own = model.state_dict().get(key)
+    if own is None or key not in state:
+        return stride
+    # patches of another size, each as many pixels more or less
+    rows, columns = (s * new // old for s, new, old in zip(stride, state[key].shape[2:], own.shape[2:], strict=True))
+    return rows, columns
+
+
 def _hint(model: nn.Module, report: KeyReport) -> str:
     """What to try, by what does not fit."""
     if any("relative_position_bias_table" in key for key in report.unexpected):
         return "it has relative position biases: choose one of timm's beit_* as encoder.name"
+    if any(key.startswith("fc_norm.") for key in report.unexpected):
+        return "it was fine-tuned with mean pooling: set encoder.kwargs={global_pool: avg}"
     own = model.state_dict()
     if any("relative_position_bias_table" in key for key in report.lacking) and "pos_embed" in report.unexpected:
         return "it has absolute positions: set encoder.kwargs={use_abs_pos_emb: true, use_rel_pos_bias: false}"

@@ -93,8 +93,8 @@ def _vit(state: Mapping[str, Tensor]) -> dict[str, Any]:
             kwargs["use_rel_pos_bias"] = False
         if not pooled:
             kwargs["use_fc_norm"] = False
-        kwargs["init_values"] = 0.1 if "blocks.0.gamma_1" in state else None
-        kwargs |= {} if kwargs.pop("init_values") else {"init_values": 0}
+        if "blocks.0.gamma_1" not in state:
+            kwargs["init_values"] = 0
     else:
         found["name"] = next(iter(timm.list_models(f"vit_{size}_patch{patch[2]}_224")))
         kwargs |= {"global_pool": "avg"} if pooled else {}

@@ -68,7 +68,7 @@ class KeyReport:
         groups: list[tuple[str, Sequence[str]]] = [
             ("matched", self.matched),
             ("of these resized", self.resized),
-            ("missing, at their initial values", self.missing),
+            ("missing, so new", self.missing),
             *((f"left out: {what}", keys) for what, keys in self.left_out.items()),
             ("MISSING", self.lacking),
             ("UNEXPECTED", self.unexpected),

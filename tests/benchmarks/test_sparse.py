@@ -43,6 +43,15 @@ def test_prints_one_object_and_draws_the_curve(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_a_transformer_hides_patches_of_its_stride(capsys: pytest.CaptureFixture[str]) -> None:
+    """ConvMAE's encoder at the image size asked for: 16 px patches, by default as wide as its stride."""
+    words = ["--model", "convvit_small", "--mask_ratio", "0.75", "--image_size", "64", "96", "--batch", "1"]
+    main([*words, "--rounds", "1", "--device", "cpu", "--backends", "tiles", "masked"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["mask_patch"], found["visible"], found["model"]) == (16, [6, 24], "convvit_small")
+    assert found["tiles_memory_share_of"]["masked"] < 0.6
+
+
 @pytest.mark.parametrize("name", ["resnet26", "convnext_atto", "convnextv2_atto"])
 def test_tiles_keep_less_than_half_of_what_masked_keeps(name: str) -> None:
     """Bytes that autograd holds for the backward pass at 20 of 49 visible patches."""

@@ -239,6 +239,8 @@ def runnable(tmp_path: Path, *words: str) -> Any:
         (["optim.lr=null"], "optim.lr or optim.base_lr, got none"),
         (["train.epochs=1"], "train.epochs or train.steps, got both"),
         (["optim.lr=null", "optim.base_lr=1", "optim.lr_batch=8"], "optim.lr_batch"),
+        (["optim.name=adamw", "optim.lamb_always_adapt=true"], "no effect with optim.name=adamw"),
+        (["optim.name=sgd", "optim.lamb_bias_correction=false"], "no effect with optim.name=sgd"),
         (["data.in_chans=4", "data.mean=[0,0,0]"], "data.mean has 3 values for data.in_chans=4"),
         (["data.std=[1,1]"], "data.std has 2 values for data.in_chans=3"),
         (["data.value_range=[1,0]"], "data.value_range must be .low, high."),

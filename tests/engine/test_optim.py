@@ -293,6 +293,33 @@ def test_adamw_moves_a_layer_by_its_share() -> None:
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * scale * decay) - 0.1 * scale)
 
 
+@pytest.mark.parametrize(("correction", "always"), [(True, False), (False, True), (False, False)])
+def test_lamb_as_sparks_fine_tuning_has_it(correction: bool, always: bool) -> None:
+    """Two steps against a loop over tensors (You et al., arXiv:1904.00962, algorithm 2)."""
+    torch.manual_seed(0)
+    method = Method(nn.Linear(3, 4)).double()
+    config = OptimConfig(name="lamb", eps=1e-6, lamb_bias_correction=correction, lamb_always_adapt=always)
+    optimizer = build_optimizer(param_groups(method, config), config)
+    weights = {name: p.detach().clone() for name, p in method.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in weights.items()}
+    second = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for step in (1, 2):
+        set_step(optimizer, 0.1, 0.3)
+        for name, p in method.named_parameters():
+            p.grad = torch.randn_like(p)
+            first[name] = 0.9 * first[name] + 0.1 * p.grad
+            second[name] = 0.999 * second[name] + 0.001 * p.grad**2
+            by_step = (1 - 0.9**step, 1 - 0.999**step) if correction else (1.0, 1.0)
+            update = (first[name] / by_step[0]) / ((second[name] / by_step[1]).sqrt() + 1e-6)
+            decay = 0.3 if p.ndim > 1 else 0.0
+            update = update + decay * weights[name]
+            trust = weights[name].norm() / update.norm() if decay or always else 1.0
+            weights[name] = weights[name] - 0.1 * trust * update
+        optimizer.step()
+    for name, p in method.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_lamb_clips_as_the_recipe_says_and_not_by_itself(clip: float) -> None:
     config = OptimConfig(name="lamb", clip_grad=clip)

@@ -200,3 +200,22 @@ def test_report_opens_in_a_browser_without_a_network(tmp_path: Path) -> None:
     assert len(drawn["curves"]) == 4 and all(width > 100 for width in drawn["curves"][:3])
     assert drawn["fetched"] == [] and drawn["wide"] <= 0  # fits a narrow screen
     assert not re.search(r'(src|href)="https?:', dom)
+
+
+def test_results_of_every_task_plots_and_tables_are_shown(tmp_path: Path) -> None:
+    rates = [{"lr": 0.1, "top1": 50.0}, {"lr": 1.0, "top1": 60.5}]
+    rows = [{"task": "probe", "lr": 1.0, "rates": rates}, {"task": "knn", "k": 20, "top1": 41.0}]
+    rows += [{"task": "probe", "lr": 0.5, "rates": rates[:1]}, {"task": "knn", "k": 10, "ids": [1, 2]}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "per_class.csv").write_text('class,images,top1\n"a, <b>",3,66.5\nc,0,\n')
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "depth.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    for name in ("depth", "confusion"):
+        save_picture(torch.rand(3, 4, 5), tmp_path / "plots" / f"{name}.png")
+    text = run_sections(tmp_path)
+    assert text.index("<h3>probe</h3>") < text.index("<h3>knn</h3>")
+    assert text.count("<table>") == 5 and "rates of result 1" in text and "60.5" in text and "[1, 2]" in text
+    assert "per class (2 rows)" in text and "a, &lt;b&gt;" in text and '<td class="number">66.5</td>' in text
+    shown = [str(tag["src"])[:20] for tag in Tags(text).named("img")]
+    assert shown == ["data:image/png;base6", "data:image/svg+xml;b"]  # of the two files of one plot the SVG

@@ -136,6 +136,8 @@ def test_what_it_refuses(digits: Path, tmp_path: Path) -> None:
     world = World(0, 1, torch.device("cpu"))
     with pytest.raises(ConfigError, match="lower it"):
         knn.run(tiny(digits, tmp_path, "knn.k=[2000]"), world)
+    with pytest.raises(ConfigError, match="ResNet has no class token"):
+        knn.run(tiny(digits, tmp_path, "encoder.name=resnet18", "encoder.kwargs={}", "knn.features=token"), world)
     with pytest.raises(ConfigError, match=r"knn\.k is empty"):
         tiny(digits, tmp_path, "knn.k=[]")
     with pytest.raises(ConfigError, match="drop_path_rate has no effect"):

@@ -309,3 +309,30 @@ def test_dry_run(digits: Path, tmp_path: Path, world: World) -> None:
     report = PROGRAM.dry_run(config, world)
     assert report["trained_parameters"] == report["parameters"] == 5 * (16 * 10 + 10) and report["features"] == 16
     assert math.isfinite(report["loss"]) and not (tmp_path / "no").exists()
+
+
+MAE_TABLE_10 = {
+    "optim.name": "lars",
+    "optim.base_lr": 0.1,
+    "optim.weight_decay": 0.0,
+    "optim.momentum": 0.9,
+    "train.batch_size": 16384,
+    "train.epochs": 90.0,
+    "train.warmup_epochs": 10.0,
+    "augment.crop_scale": [0.08, 1.0],
+    "augment.hflip": 0.5,
+    "probe.augment": True,
+    "probe.batch_norm": True,
+    "probe.lr_factors": [1.0],
+    "probe.held_out": 0.0,
+    "data.image_size": [224, 224],
+    "data.eval_crop_ratio": 0.875,
+}
+
+
+@pytest.mark.parametrize(("recipe", "features"), [("probe_mae", "token"), ("probe_convmae", "head")])
+def test_published_recipes_hold_their_table(recipe: str, features: str) -> None:
+    config = read_config(PROGRAM, recipe, [])
+    for key, wanted in {**MAE_TABLE_10, "probe.features": features}.items():
+        section, name = key.split(".")
+        assert getattr(getattr(config, section), name) == wanted, key

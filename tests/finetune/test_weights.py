@@ -102,13 +102,15 @@ def test_a_foreign_classifier_is_left_out_and_a_fitting_one_loaded(pretrained: P
         (dict(kwargs={k: v for k, v in POOLED.items() if k != "num_heads"}), "encoder.kwargs"),
     ],
 )
-def test_the_description_must_agree(pretrained: Path, given: dict[str, Any], told: str) -> None:
+def test_the_description_must_agree(
+    pretrained: Path, given: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
     resolve(encoder(pretrained), images())
     resolve(encoder(pretrained, kwargs=POOLED | {"drop_rate": 0.1}), images())
     with pytest.raises(ConfigError, match=told):
         resolve(encoder(pretrained, **given), images())
-    with pytest.raises(ConfigError, match=r"data\.in_chans is 3"):
-        resolve(encoder(pretrained), images(in_chans=3))
+    resolve(encoder(pretrained), images(in_chans=3))
+    assert "data.in_chans=3, but" in caplog.text and "its first layer is adapted" in caplog.text
 
 
 def test_the_description_fills_in_the_network(pretrained: Path) -> None:
@@ -168,13 +170,16 @@ def test_a_convnet_takes_any_image_size(tmp_path: Path) -> None:
     assert model.eval()(torch.rand(1, 2, 32, 96)).shape == (1, 3)
 
 
-def test_evaluation_at_another_size_needs_a_network_that_takes_it() -> None:
+def test_evaluation_at_another_size_resizes_the_positions_of_every_image() -> None:
     data = images(eval_image_size=[32, 32])
-    with pytest.raises(ConfigError, match="fixed image size"):
-        build(encoder(), data, seed=0, num_classes=3)
-    assert build(encoder(kwargs=POOLED | {"dynamic_img_size": True}), data, seed=0, num_classes=3)(
-        torch.rand(1, 2, 32, 32)
-    ).shape == (1, 3)
+    fixed, free = (build(encoder(), d, seed=0, num_classes=3).eval() for d in (images(), data))
+    size = images().image_size
+    assert free(torch.rand(1, 2, 32, 32)).shape == (1, 3)
+    x = torch.rand(2, 2, *size)
+    assert torch.allclose(free(x), fixed(x), atol=1e-6)  # the same initial weights
+    assert free.state_dict().keys() == fixed.state_dict().keys()
+    with pytest.raises(ConfigError, match=r"takes images of \[\d+, \d+\] only; leave it unset"):
+        build(encoder(name="beit_base_patch16_224", kwargs={}), data, seed=0, num_classes=3)
 
 
 def test_only_a_new_classifier_on_a_pretrained_encoder_starts_small(

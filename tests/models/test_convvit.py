@@ -34,7 +34,12 @@ def images_of(batch: int, channels: int, height: int, width: int) -> Tensor:
 
 def small(size: tuple[int, int] = (32, 48), in_chans: int = 3, num_classes: int = 0, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    given = {"in_chans": in_chans, "image_size": size, "drop_path_rate": 0.0, "num_classes": num_classes}
+    given: dict[str, Any] = {
+        "in_chans": in_chans,
+        "image_size": size,
+        "drop_path_rate": 0.0,
+        "num_classes": num_classes,
+    }
     return randomised(build_encoder("convvit_small", **given, kwargs=FINE | kwargs)).train()
 
 
@@ -53,7 +58,7 @@ class Slow:
     """The network in plain words: dense maps, attention written out; hidden sites are zeros to a convolution, and no tokens."""
 
     def __init__(self, model: ConvViT, mask: Tensor) -> None:
-        self.w, self.model, self.mask = dict(model.state_dict()), model, mask
+        self.w, self.mask = dict(model.state_dict()), mask
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         maps = []
@@ -203,7 +208,8 @@ def test_tokens_and_maps() -> None:
 @pytest.mark.parametrize("fc_norm", [None, True, False])
 def test_norm_and_pooling(pool: str, fc_norm: bool | None) -> None:
     """As timm's ViT: fc_norm after mean pooling unless said otherwise; the first token is normed before."""
-    model = small(num_classes=5, global_pool=pool, **({} if fc_norm is None else {"fc_norm": fc_norm}))
+    asked: dict[str, Any] = {"global_pool": pool} | ({} if fc_norm is None else {"fc_norm": fc_norm})
+    model = small(num_classes=5, **asked)
     images = images_of(2, 3, 32, 48)
     after = fc_norm if fc_norm is not None else pool == "avg"
     assert isinstance(model.norm, nn.Identity) is after and isinstance(model.fc_norm, nn.Identity) is not after
@@ -225,22 +231,22 @@ def test_feature_pyramid() -> None:
     """E1 to E3 as convnets give them; E4 is the largest of each 2x2 sites."""
     asked: dict[str, Any] = FINE | {"img_size": (32, 48), "in_chans": 1}
     torch.manual_seed(0)
-    model = timm.create_model("convvit_small", features_only=True, **asked)
+    model: Any = timm.create_model("convvit_small", features_only=True, **asked)
     x = images_of(2, 1, 32, 48).float()
     maps = model(x)
     assert [tuple(m.shape) for m in maps] == [(2, 8, 16, 24), (2, 12, 8, 12), (2, 16, 4, 6)]
     assert model.feature_info.reduction() == [2, 4, 8] and model.feature_info.channels() == [8, 12, 16]
     torch.manual_seed(0)
-    four = timm.create_model("convvit_small", features_only=True, out_indices=(0, 1, 2, 3), **asked)
+    four: Any = timm.create_model("convvit_small", features_only=True, out_indices=(0, 1, 2, 3), **asked)
     assert four.feature_info.reduction() == [2, 4, 8, 16] and four.feature_info.channels()[3] == 16
     found = four(x)
     assert all(torch.equal(a, b) for a, b in zip(maps, found[:3], strict=True))
     assert torch.equal(found[3], F.max_pool2d(found[2], 2)) and found[3].shape == (2, 16, 2, 3)
-    whole = timm.create_model("convvit_small", num_classes=0, **asked)
+    whole: Any = timm.create_model("convvit_small", num_classes=0, **asked)
     last, chosen = whole.forward_intermediates(x, indices=2)
     assert [m.shape[1] for m in chosen] == [12, 16] and torch.equal(last, whole.forward_features(x))
     assert [m.shape[1] for m in whole.forward_intermediates(x, indices=[0], intermediates_only=True)] == [8]
-    plain = timm.create_model("convvit_small", num_classes=0, global_pool="", **asked)
+    plain: Any = timm.create_model("convvit_small", num_classes=0, global_pool="", **asked)
     normed = plain.forward_intermediates(x, norm=True, intermediates_only=True)[-1]
     assert torch.equal(normed, plain.forward_features(x)) and not torch.equal(normed, plain.maps(x)[-1])
 

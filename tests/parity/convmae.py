@@ -243,8 +243,8 @@ def run_classifier(golden: Golden, weights: Mapping[str, Tensor], dtype: torch.d
 
 def _first_token(golden: Golden) -> dict[str, Tensor]:
     """Official weights of the variant that looks at the first token."""
-    keys = [(str(name), tuple(shape), str(kind)) for name, shape, kind in golden.names("keys_first_token")]
-    made = {name: fill.tensor(name, shape, kind) for name, shape, kind in keys}
+    keys: list[Any] = list(golden.names("keys_first_token"))
+    made = {str(name): fill.tensor(str(name), shape, str(kind)) for name, shape, kind in keys}
     return {name: torch.from_numpy(value) for name, value in made.items() if value is not None}
 
 

@@ -270,6 +270,69 @@ def test_every_number_of_spark_names_its_source(recipe: str) -> None:
     assert len(numbers) == 20 and [line for line in numbers if "#" not in line] == []
 
 
+CONVMAE_TABLE: dict[str, Any] = {
+    # ConvMAE's released command and its defaults (commit 4c97b4c), as docs/errata.md reads them
+    "encoder.kwargs": {},
+    "encoder.drop_path_rate": 0.0,
+    "data.image_size": [224, 224],
+    "data.in_chans": 3,
+    "crop.crop_scale": [0.2, 1.0],
+    "crop.crop_ratio": [0.75, 4 / 3],
+    "crop.hflip": 0.5,
+    "optim.name": "adamw",
+    "optim.base_lr": 1.5e-4,
+    "optim.lr": None,
+    "optim.min_lr": 0.0,
+    "optim.warmup_lr": 0.0,
+    "optim.betas": [0.9, 0.95],
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.05,
+    "optim.weight_decay_end": None,
+    "optim.clip_grad": 0.0,
+    "optim.layer_decay": 1.0,
+    "train.epochs": 800.0,
+    "train.warmup_epochs": 40.0,
+    "train.batch_size": 1024,
+    "train.ema_decay": 0.0,
+    "convmae.mask_patch": [16, 16],
+    "convmae.mask_ratio": 0.75,
+    "convmae.masking": "blockwise",
+    "convmae.multi_scale": True,
+    "convmae.norm_target": True,
+    "convmae.loss_on": "masked",
+    "convmae.backend": "tiles",
+    "convmae.decoder_dim": 512,
+    "convmae.decoder_depth": 8,
+    "convmae.decoder_heads": 16,
+}
+CONVMAE_RECIPES: dict[str, dict[str, Any]] = {
+    f"convmae_{size}": {"encoder.name": f"convvit_{size}"} for size in ("small", "base", "base_star", "large", "huge")
+}
+CONVMAE_RECIPES["convmae_base"]["train.epochs"] = 1600.0
+
+
+@pytest.mark.parametrize("recipe", CONVMAE_RECIPES)
+def test_convmae_recipe_holds_its_table(recipe: str) -> None:
+    config = read_config(PROGRAM, recipe, [])
+    table = CONVMAE_TABLE | CONVMAE_RECIPES[recipe]
+    wrong = {key: (value(config, key), known) for key, known in table.items() if value(config, key) != known}
+    assert not wrong
+    assert peak_lr(config.optim, config.train.batch_size) == pytest.approx(6e-4)
+    plan = Plan.make(config.optim, config.train, 1_281_167 // config.train.batch_size)
+    assert plan.steps_per_epoch == 1251 and plan.steps == 1251 * table["train.epochs"]
+    assert plan.lr.max() == plan.lr[1251 * 40] == pytest.approx(6e-4) and plan.lr[0] == 0
+    # as the released command has it, on 24 GPUs
+    assert peak_lr(config.optim, 3072) == pytest.approx(1.8e-3)
+
+
+@pytest.mark.parametrize("recipe", CONVMAE_RECIPES)
+def test_every_number_of_convmae_names_its_source(recipe: str) -> None:
+    head, _, body = (RECIPES / f"{recipe}.yaml").read_text().partition("\nmethod:")
+    assert "arXiv:2205.03892" in head and "Alpha-VL/ConvMAE" in head and "docs/errata.md" in head
+    numbers = [line for line in body.splitlines() if line.startswith("  ")]
+    assert len(numbers) == 21 and [line for line in numbers if "#" not in line] == []
+
+
 def test_a_run_on_imagenet_is_the_published_length() -> None:
     config = read_config(PROGRAM, "cim_vit_base", [])
     plan = Plan.make(config.optim, config.train, 1_281_167 // config.train.batch_size)

@@ -73,7 +73,8 @@ CONVVIT: dict[str, Any] = dict(embed_dims=(8, 12, 16), depths=(1, 2, 2), num_hea
 
 def convmae(classes: int = 0, **kwargs: Any) -> dict[str, Tensor]:
     """ConvMAE's pre-training, or with classes its fine-tuned classifier."""
-    network = ConvViT(**CONVVIT, num_classes=classes, **({"fc_norm": False} if not classes else {}), **kwargs)
+    settings: dict[str, Any] = CONVVIT | kwargs | ({} if classes else {"fc_norm": False})
+    network = ConvViT(**settings, num_classes=classes)
     state = noise({official_convmae_key(key): value for key, value in network.state_dict().items()})
     own = {"mask_token": (1, 1, 8), "decoder_embed.weight": (8, 16), "stage1_output_decode.weight": (16, 8, 4, 4)}
     return state if classes else state | noise(own)

@@ -12,6 +12,7 @@ from models.interop import (
     convert_beit,
     export_beit,
 )
+from tests.models.interop.official import beit_pretraining
 
 
 @pytest.mark.parametrize(("init_values", "qkv_bias"), [(None, True), (0.1, True), (None, False)])
@@ -34,6 +35,13 @@ def test_beit_round_trip(init_values: float | None, qkv_bias: bool) -> None:
     torch.testing.assert_close(again(x, mask), model(x, mask), rtol=1e-4, atol=1e-4)
     if qkv_bias:
         assert not state["blocks.0.attn.qkv.bias"][12:24].any()
+
+
+def test_official_beit_comes_back_bit_for_bit() -> None:
+    official = beit_pretraining(relative=False)
+    again = export_beit(convert_beit(official, num_heads=2)[1])
+    assert again.keys() == official.keys()
+    assert all(torch.equal(again[key], value) for key, value in official.items())
 
 
 def test_beit_is_converted_strictly() -> None:

@@ -154,11 +154,11 @@ def test_beit_pretraining_with_relative_positions(tmp_path: Path) -> None:
 def test_beit_pretraining_with_absolute_positions(plain: bool, tmp_path: Path) -> None:
     """Into timm's BEiT, or a plain transformer: the same features."""
     state = official.beit_pretraining(relative=False)
-    absolute = {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "use_fc_norm": False}
+    absolute: dict[str, Any] = {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "use_fc_norm": False}
     name, kwargs = (VIT, {}) if plain else (BEIT, absolute)
     model, report = into(tmp_path / "a.pth", state, name, official.BEIT | kwargs)
     assert report.kind == "BEiT, pre-training" and not report.missing and bool(report.notes) == plain
-    timms = timm.create_model(BEIT, **official.BEIT, **absolute, img_size=64, num_classes=0).eval()
+    timms: Any = timm.create_model(BEIT, **official.BEIT, **absolute, img_size=64, num_classes=0).eval()
     timms.load_state_dict({key: state[key] for key in timms.state_dict()}, strict=True)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model.forward_features(x), timms.forward_features(x), rtol=1e-4, atol=1e-5)

@@ -120,6 +120,8 @@ def test_a_run_of_ours_in_progress(
     for found in (average, weights):
         assert set(found.left_out) == {"densify, of pre-training", "decoder, of pre-training"}
     step = weights_file(run)
+    kept = read_weights(step / "ema.pt")
+    assert kept.image_size == (64, 64) and all(torch.equal(kept.state[key], value) for key, value in handed_on.items())
     assert read_card(step).items() <= {**card, **read_card(step)}.items() and read_card(step)["name"] == card["name"]
     for source, options in ((run, ["--ema"]), (run / "checkpoints", ["--ema"]), (step, [])):
         out = tmp_path / f"{source.name}.safetensors"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from engine.config import ConfigError
 from engine.schema import EncoderConfig, option
-from models.convvit import ConvViT, over_channels
+from models.convvit import ConvViT
+from models.convvit_blocks import over_channels
 from models.mae_decoder import MAEDecoder, initialise
 from models.masking import upsample
 from models.pixels import patch_statistics, patchify, unpatchify

@@ -49,7 +49,7 @@ def small(size: tuple[int, int] = (32, 48), in_chans: int = 3, num_classes: int 
 def test_published_sizes(size: str, millions: float) -> None:
     """Parameters without the head, table 7, within 3 %."""
     with torch.device("meta"):
-        model = timm.create_model(f"convvit_{size}", num_classes=0)
+        model: Any = timm.create_model(f"convvit_{size}", num_classes=0)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 16]
 
@@ -319,7 +319,7 @@ def test_checkpointing_gives_the_same_gradients(backend: str) -> None:
 
 def test_stochastic_depth_rises_over_all_blocks() -> None:
     model = build_encoder("convvit_small", in_chans=3, image_size=(32, 48), drop_path_rate=0.4, kwargs=FINE)
-    rates = [
+    rates: list[float] = [
         m.drop_prob for name, m in model.named_modules() if name.endswith("drop_path1") and hasattr(m, "drop_prob")
     ]
     assert rates[-1] == pytest.approx(0.4) and rates == sorted(rates)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import load
-from models.convvit import ConvBlock, ConvViT
+from models.convvit import ConvViT
+from models.convvit_blocks import ConvBlock
 from models.encoder import build_encoder
 from models.interop.convmae import convert_convmae, export_convmae
 from models.masking import upsample

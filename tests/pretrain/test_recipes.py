@@ -139,6 +139,7 @@ FCMAE_TABLE: dict[str, Any] = {
     "optim.lr": None,
     "optim.min_lr": 0.0,
     "optim.warmup_lr": 0.0,
+    "optim.schedule": "mae",
     "optim.betas": [0.9, 0.95],
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.05,
@@ -207,6 +208,7 @@ SPARK_TABLE: dict[str, Any] = {
     "optim.lr": None,
     "optim.min_lr": 3.2e-6,
     "optim.warmup_lr": 1.6e-5,
+    "optim.schedule": "spark",
     "optim.eps": 1e-6,
     "optim.weight_decay": 0.04,
     "optim.weight_decay_end": 0.2,
@@ -267,7 +269,7 @@ def test_every_number_of_spark_names_its_source(recipe: str) -> None:
     head, _, body = (RECIPES / f"{recipe}.yaml").read_text().partition("\nmethod:")
     assert "arXiv:2301.03580" in head and "keyu-tian/SparK" in head and "docs/errata.md" in head
     numbers = [line for line in body.splitlines() if re.match(r"  (?!name: (resnet|convnext))\w+: ", line)]
-    assert len(numbers) == 20 and [line for line in numbers if "#" not in line] == []
+    assert len(numbers) == 21 and [line for line in numbers if "#" not in line] == []
 
 
 CONVMAE_TABLE: dict[str, Any] = {
@@ -284,6 +286,7 @@ CONVMAE_TABLE: dict[str, Any] = {
     "optim.lr": None,
     "optim.min_lr": 0.0,
     "optim.warmup_lr": 0.0,
+    "optim.schedule": "mae",
     "optim.betas": [0.9, 0.95],
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.05,
@@ -330,7 +333,7 @@ def test_every_number_of_convmae_names_its_source(recipe: str) -> None:
     head, _, body = (RECIPES / f"{recipe}.yaml").read_text().partition("\nmethod:")
     assert "arXiv:2205.03892" in head and "Alpha-VL/ConvMAE" in head and "docs/errata.md" in head
     numbers = [line for line in body.splitlines() if line.startswith("  ")]
-    assert len(numbers) == 21 and [line for line in numbers if "#" not in line] == []
+    assert len(numbers) == 23 and [line for line in numbers if "#" not in line] == []
 
 
 def test_a_run_on_imagenet_is_the_published_length() -> None:

@@ -32,10 +32,20 @@ TINY_RUN = (
 SMALLER = {
     "pretrain dvae": f"{TINY_RUN} data.image_size=16 dvae.width=8 dvae.vocab_size=16 dvae.decoder_init_width=8 deepspeed=zero0_fp32",
     "pretrain cim_vit_small": f"{TINY_RUN} {TINY_CIM}",
+    "finetune vit_small evaluate=true": (
+        "data.image_size=32 data.workers=0 encoder.name=test_vit "
+        "encoder.kwargs={patch_size: 8, embed_dim: 32, num_heads: 2, depth: 2, global_pool: avg, fc_norm: false}"
+    ),
     "finetune vit_small": (
         f"{TINY_RUN} data.image_size=32 encoder.name=test_vit "
         "encoder.kwargs={patch_size: 8, embed_dim: 32, num_heads: 2, depth: 2, global_pool: avg, fc_norm: false}"
     ),
+    "finetune compare vit_small": (
+        f"{TINY_RUN} data.image_size=32 encoder.name=test_vit init=scratch,cim:output/cim seeds=1 labels=1.0 "
+        "encoder.kwargs={patch_size: 8, embed_dim: 32, num_heads: 2, depth: 2, global_pool: avg, fc_norm: false}"
+    ),
+    "finetune probe": "data.image_size=32 data.workers=0 train.epochs=2",
+    "finetune analyse": "data.image_size=32 data.workers=0",
     "finetune knn": "data.image_size=32 data.workers=0",
     "benchmarks.step": "train.batch_size=2",
     "benchmarks.loader": "--rounds 1",

@@ -10,6 +10,9 @@ from omegaconf import OmegaConf
 _FREE = ("global_pool", "fc_norm", "img_size", "dynamic_img_size", "dynamic_img_pad", "weight_init")
 """Backbone arguments that may differ from pre-training, besides those about dropping; no weight tells of the others."""
 
+AVERAGE = "ema.pt"
+"""The moving average of one of our runs, in its checkpoint"""
+
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -19,7 +22,7 @@ def read_card(file: Path) -> dict[str, Any]:
     ``encoder.json`` beside ``encoder.safetensors``, ``config.yaml`` of the run that a checkpoint belongs to, or
     ``config.json`` in a folder from the hub.
     """
-    if file.is_dir() or file.name == "ema.pt":
+    if file.is_dir() or file.name == AVERAGE:
         step = file if file.is_dir() else file.parent
         return _run_card(step.absolute().parents[1] / "config.yaml")
     card = file.with_suffix(".json")

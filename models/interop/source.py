@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from models.files import read_saved
-from models.interop.card import HUB_FILES, read_card
+from models.interop.card import AVERAGE, HUB_FILES, read_card
 from models.interop.kinds import KINDS, kind_of, plain
 from models.interop.report import Weights
 from models.interop.zero import is_zero, newest_zero, read_zero
@@ -49,8 +49,8 @@ def read_weights(source: str | Path, *, whole: bool = False, ema: bool = False) 
     else:
         saved = read_saved(file, ema=ema)
         state, beside = saved.state, saved.beside
-        # What we have described is in timm's names, whatever they look like.
-        kind = plain("with its description") if card else kind_of(state)
+        # What we have described is in timm's names, whatever they look like; a moving average has its method's.
+        kind = plain("with its description") if card and file.name != AVERAGE else kind_of(state)
         told = kind.name
     found, left = kind.convert(state)
     if beside:

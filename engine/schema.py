@@ -67,7 +67,8 @@ class EncoderConfig:
     drop_path_rate: float = option(0.0, "stochastic depth rate of the last block", ge=0, lt=1)
     pretrained: str = option(
         "",
-        "weights to start from: true: timm's own of that name; or a .safetensors, .pth or run folder; empty: from scratch",
+        "weights to start from: true: timm's own of that name; or a file, a run folder or a checkpoint of ours, timm, torchvision "
+        "or the papers' released code; empty: from scratch",
         kind="path",
         words=("true",),
     )

@@ -302,6 +302,11 @@ def _check_training(config: BaseConfig) -> None:
             f"optim.lamb_bias_correction and optim.lamb_always_adapt have no effect with optim.name={config.optim.name}: "
             "remove them"
         )
+    if config.optim.nesterov and (config.optim.name != "sgd" or not config.optim.momentum):
+        raise ConfigError(
+            f"optim.nesterov=true is of SGD with momentum, not of optim.name={config.optim.name} with "
+            f"optim.momentum={config.optim.momentum}: remove it"
+        )
     exactly_one(train__epochs=config.train.epochs, train__steps=config.train.steps)
     if config.resume == "never" and any(Path(config.output_dir, "checkpoints").glob("step*")):
         raise ConfigError(

@@ -119,10 +119,12 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.o
             always_adapt=optim.lamb_always_adapt,
         )
     if optim.name == "lars":
-        # As released for MoCo v3 and MAE: matrices keep their trust ratio where nothing decays; timm's would be plain SGD.
+        # Matrices keep their trust ratio where nothing decays, as released for MoCo v3 and MAE; timm's would be plain SGD.
+        # Where something decays the ratio is that of LARS's paper (arXiv:1708.03888), |w| / (|g| + decay |w|).
         for group in plain:
             group["always_adapt"] = bool(group["wd_scale"])
-    return create_optimizer_v2(plain, opt=optim.name, lr=0.0, momentum=optim.momentum)
+        return create_optimizer_v2(plain, opt="lars", lr=0.0, momentum=optim.momentum)
+    return torch.optim.SGD(plain, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
 
 
 def set_step(optimizer: Any, lr: float, weight_decay: float) -> None:

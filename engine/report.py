@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from engine.config import to_yaml
 from engine.curves import line_chart
 from engine.files import append_result, write_atomically, write_text
 from engine.log import read_log
@@ -73,6 +74,12 @@ def save_picture(image: Tensor, path: Path) -> None:
         )
     pixels = (image.detach().float().nan_to_num(0.0).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     write_atomically(path, lambda draft: Image.fromarray(pixels).save(draft, format="PNG"))
+
+
+def keep_settings(folder: Path, config: Any) -> None:
+    """Write the settings of what trains nothing to ``config.yaml``; a training's own in that folder stay."""
+    if not (folder / "log.jsonl").is_file():
+        write_text(folder / "config.yaml", to_yaml(config))
 
 
 def record(folder: Path, result: dict[str, Any], seconds: float) -> None:

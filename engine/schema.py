@@ -97,7 +97,10 @@ class OptimConfig:
     lamb_bias_correction: bool = option(True, "correct Lamb's moments for their start at zero")
     lamb_always_adapt: bool = option(False, "Lamb's trust ratio also for what is not decayed")
     momentum: float = option(0.9, "of SGD and LARS", ge=0, lt=1)
-    weight_decay: float = option(0.05, "decoupled weight decay of matrices and kernels", ge=0)
+    nesterov: bool = option(False, "Nesterov's momentum in SGD")
+    weight_decay: float = option(
+        0.05, "weight decay of matrices and kernels; decoupled in AdamW and LAMB, added to the gradient in SGD", ge=0
+    )
     weight_decay_end: float | None = option(None, "weight decay at the end, by a cosine; unset: constant", ge=0)
     decay_also: list[str] = option(
         [], "ends of names of parameters to decay all the same, such as relative_position_bias_table"
@@ -117,7 +120,7 @@ class TrainConfig:
 
     epochs: float | None = option(None, "passes over the training set; or give steps", gt=0, instead_of=("steps",))
     steps: int | None = option(None, "optimiser steps; or give epochs", ge=1, instead_of=("epochs",))
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up", ge=0)
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", ge=0, instead_of=("warmup_steps",))
     warmup_steps: int | None = option(None, "optimiser steps of linear warm-up; overrides warmup_epochs", ge=0)
     batch_size: int = option(256, "images per optimiser step, over all processes and accumulated parts", ge=1)
     accumulation: int = option(1, "parts a process splits its share of the batch into", ge=1)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from data.loader import Loader
 from data.sources import ImageIndex
-from engine.config import ConfigError, to_yaml, user_errors
-from engine.files import write_json, write_text
+from engine.config import ConfigError, user_errors
+from engine.files import write_json
 from engine.log import progress
 from engine.loop import peak_memory
-from engine.report import record, write_report
+from engine.report import keep_settings, record, write_report
 from engine.schema import EncoderConfig, option
 from engine.world import World, to_device
 from finetune import analyse_plots, sets, weights
@@ -130,8 +130,7 @@ def run(config: AnalyseConfig, world: World) -> None:
             "%s: selectivity %.4f, cosine distance %.4f on average over %d layers", label, *_means(layers), len(layers)
         )
         if world.is_main:
-            if not (folder / "config.yaml").is_file():
-                write_text(folder / "config.yaml", to_yaml(config))
+            keep_settings(folder, config)
             selectivity, distance = _means(layers)
             row: dict[str, Any] = {
                 "task": config.task,

@@ -16,10 +16,9 @@ from torchvision.utils import make_grid
 
 from data.loader import Loader
 from engine import ds, loop
-from engine.config import ConfigError, to_yaml, user_errors
-from engine.files import write_text
+from engine.config import ConfigError, user_errors
 from engine.loop import Hooks
-from engine.report import record
+from engine.report import keep_settings, record
 from engine.world import World, to_device
 from finetune import heads, init, per_class, sets, weights
 from finetune.config import ClassifyConfig, check_classify
@@ -214,8 +213,7 @@ def _evaluate_only(config: ClassifyConfig, world: World) -> None:
     log.info("top-1 %.2f %%, top-5 %.2f %% on %d images", results["top1"], results["top5"], results["eval_images"])
     if world.is_main:
         folder = Path(config.output_dir)
-        if not (folder / "config.yaml").is_file():
-            write_text(folder / "config.yaml", to_yaml(config))
+        keep_settings(folder, config)
         row = {"task": "evaluate", "recipe": config.recipe, **results, "init": config.encoder.pretrained}
         row |= {"image_size": "x".join(map(str, data.image_size)), "crop_ratio": data.eval_crop_ratio}
         per_class.save(outcome, names, folder)

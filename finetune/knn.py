@@ -20,12 +20,12 @@ from torch import Tensor
 from data.sources import ImageIndex
 from engine.config import ConfigError, user_errors
 from engine.loop import peak_memory
-from engine.report import record
+from engine.report import keep_settings, record
 from engine.schema import EncoderConfig, option
 from engine.world import World, to_device
 from finetune import sets, weights
 from finetune.config import FinetuneData
-from finetune.features import KINDS, Frozen, extract
+from finetune.features import KINDS, Extracted, Frozen, extract
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +73,20 @@ def run(config: KNNConfig, world: World) -> None:
     """Measure and append one result per ``knn.k`` to results.json."""
     started = time.perf_counter()
     frozen, found = build(config, world)
-    keys, key_labels = unit_features(frozen, found.train, config, world)
-    queries, labels = unit_features(frozen, found.val, config, world)
-    nearest = shared_neighbours(keys, key_labels, queries, max(config.knn.k), world)
-    labels = torch.cat(world.gather(labels))
+    keys = unit_features(frozen, found.train, config, world)
+    queries = unit_features(frozen, found.val, config, world)
+    nearest = shared_neighbours(keys, queries.features, max(config.knn.k), world)
+    labels = torch.cat(world.gather(queries.labels))
+    if world.is_main:
+        keep_settings(Path(config.output_dir), config)
     for k in config.knn.k:
         votes = vote(nearest[0][:, :k], nearest[1][:, :k], found.num_classes, config.knn.temperature)
         majority = count_votes(nearest[0][:, :k], nearest[1][:, :k], found.num_classes)
         row = {
             "task": config.task,
             "recipe": config.recipe,
+            "encoder": config.encoder.name,
+            "image_size": list(sets.eval_size(config.data)),
             "features": config.knn.features,
             "k": k,
             "top1": 100 * float((votes.argmax(dim=1) == labels).double().mean()),
@@ -129,29 +133,34 @@ def build(config: KNNConfig, world: World) -> tuple[Frozen, sets.Sets]:
         return Frozen(encoder, config.data, config.knn.features, world.device), found
 
 
-def unit_features(frozen: Frozen, index: ImageIndex, config: KNNConfig, world: World) -> tuple[Tensor, Tensor]:
-    """This process's share of a set -> features (M, D) float32 of length 1 on its device, labels (M,) int64 on the CPU."""
+def unit_features(frozen: Frozen, index: ImageIndex, config: KNNConfig, world: World) -> Extracted:
+    """This process's share of a set, its features of length 1."""
     found = extract(frozen, sets.eval_loader(index, config, world), world)
-    return F.normalize(found.features, dim=1, out=found.features), found.labels
+    F.normalize(found.features, dim=1, out=found.features)
+    return found
 
 
-def shared_neighbours(keys: Tensor, key_labels: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+def shared_neighbours(keys: Extracted, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest keys of all processes to the queries of all processes, in rank order of the queries.
 
     Each process searches its own keys for everybody's queries, so that no keys travel: what is gathered is ``k``
-    candidates per query and process. ``keys`` (M, D), ``key_labels`` (M,), ``queries`` (N_rank, D) ->
-    cosines (N, k) float32, falling, and labels (N, k) int64, both on the CPU.
+    candidates per query and process. Of equally near keys the first in the set comes first, whichever process has it.
+    ``queries`` (N_rank, D) -> cosines (N, k) float32, falling, and labels (N, k) int64, both on the CPU.
     """
-    everyone = torch.cat([part.to(keys.device) for part in world.gather(queries.cpu())])
-    cosine, where = neighbours(everyone, keys, k)
-    parts = world.gather((cosine.cpu(), key_labels[where.cpu()]))
-    cosines, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    best = cosines.sort(dim=1, descending=True, stable=True)
-    return best.values[:, :k], labels.gather(1, best.indices[:, :k])
+    everyone = torch.cat([part.to(keys.features.device) for part in world.gather(queries.cpu())])
+    cosine, where = neighbours(everyone, keys.features, k)
+    where = where.cpu()
+    parts = world.gather((cosine.cpu(), keys.labels[where], keys.indices[where]))
+    cosines, labels, places = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    best = in_order(cosines, places)[:, :k]
+    return cosines.gather(1, best), labels.gather(1, best)
 
 
 def neighbours(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The min(k, M) keys (M, D) with the largest inner product to each query (N, D) -> (values, positions), falling."""
+    """The min(k, M) keys (M, D) with the largest inner product to each query (N, D) -> (values, positions), falling.
+
+    Equal products come in the order of the keys.
+    """
     k = min(k, len(keys))
     if not k:
         return queries.new_zeros(len(queries), 0), torch.zeros(
@@ -159,8 +168,27 @@ def neighbours(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         )
     step = max(1, CHUNK // len(keys))
     with torch.autocast(queries.device.type, enabled=False):
-        found = [(part.float() @ keys.float().T).topk(k, dim=1) for part in queries.split(step)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+        found = [_nearest(part.float() @ keys.float().T, k) for part in queries.split(step)]
+    return torch.cat([values for values, _ in found]), torch.cat([positions for _, positions in found])
+
+
+def _nearest(cosine: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row of (N, M), equal ones in the order of their columns."""
+    values, positions = cosine.topk(k, dim=1)
+    # topk takes any of those that are as large as the last one it takes: there the whole row is sorted.
+    tied = (cosine >= values[:, -1:]).sum(dim=1) > k
+    if tied.any():
+        rows = cosine[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], positions[tied] = rows.values[:, :k], rows.indices[:, :k]
+    order = in_order(values, positions)
+    return values.gather(1, order), positions.gather(1, order)
+
+
+def in_order(values: Tensor, places: Tensor) -> Tensor:
+    """Columns of (N, k) by falling ``values``, equal ones by rising ``places``."""
+    by_place = places.argsort(dim=1)
+    falling = values.gather(1, by_place).argsort(dim=1, descending=True, stable=True)
+    return by_place.gather(1, falling)
 
 
 def vote(cosines: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:

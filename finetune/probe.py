@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.loader import Loader
+from data.sources import ImageIndex
 from data.transforms import CropResize
 from engine import ds, loop
-from engine.config import ConfigError, to_yaml, user_errors
-from engine.files import write_text
+from engine.config import ConfigError, user_errors
 from engine.log import RunLog, progress
 from engine.loop import Hooks
 from engine.optim import build_optimizer, param_groups, set_step
-from engine.report import record
+from engine.report import keep_settings, record
 from engine.schedule import Plan, peak_lr
 from engine.schema import CropConfig, RunConfig, option
 from engine.world import World, seed_step
@@ -216,8 +216,12 @@ def run(config: ProbeConfig, world: World) -> None:
 
 def dry_run(config: ProbeConfig, world: World) -> dict[str, Any]:
     """``--dry_run``: one step of the augmented way, whichever is asked for: it is the larger."""
+    fixed = not config.probe.augment
     config = dataclasses.replace(config, probe=dataclasses.replace(config.probe, augment=True))
     parts = build(config, world)
+    if fixed and (batch := _whole_batch(config, len(parts.fit))) < config.train.batch_size:
+        even = max(batch // world.size, 1) * world.size
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=even, accumulation=1))
     loader = train_loader(parts.fit, config, world)
     counts = {"train_images": len(parts.fit), "held_out_images": len(parts.held_out or ())}
     counts |= {"eval_images": len(parts.found.val), "features": parts.frozen.dim}
@@ -271,7 +275,7 @@ def _fixed(parts: Parts, config: ProbeConfig, world: World) -> Done:
     """Extract all features once, then train on them."""
     folder = Path(config.output_dir)
     if world.is_main:
-        write_text(folder / "config.yaml", to_yaml(config))
+        keep_settings(folder, config)
     fit = extract(parts.frozen, sets.eval_loader(parts.fit, config, world), world)
     plan = train_on(fit, len(parts.fit), parts.heads, config, world)
     peak = peak_lr(config.optim, _whole_batch(config, len(parts.fit)))
@@ -289,6 +293,13 @@ def _score(parts: Parts, index: Any, config: ProbeConfig, world: World) -> tuple
 def _whole_batch(config: ProbeConfig, images: int) -> int:
     """Images of a step on extracted features: a batch larger than the set is the set."""
     return min(config.train.batch_size, images)
+
+
+def room(config: ProbeConfig, index: ImageIndex) -> tuple[int, int]:
+    """Images of a labelled set that are not held out, and the fewest to train on: random crops come in whole batches."""
+    held_out = config.probe.held_out
+    fit = sets.hold_out(index, held_out, config.seed)[0] if held_out else index
+    return len(fit), config.train.batch_size if config.probe.augment else 1
 
 
 def train_on(fit: Extracted, images: int, heads: Heads, config: ProbeConfig, world: World) -> Plan:

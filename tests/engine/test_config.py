@@ -238,6 +238,8 @@ def runnable(tmp_path: Path, *words: str) -> Any:
         (["optim.base_lr=1"], "optim.lr or optim.base_lr, got both"),
         (["optim.lr=null"], "optim.lr or optim.base_lr, got none"),
         (["train.epochs=1"], "train.epochs or train.steps, got both"),
+        (["optim.nesterov=true"], "of SGD with momentum, not of optim.name=adamw"),
+        (["optim.nesterov=true", "optim.name=sgd", "optim.momentum=0"], "with optim.momentum=0"),
         (["optim.lr=null", "optim.base_lr=1", "optim.lr_batch=8"], "optim.lr_batch"),
         (["optim.name=adamw", "optim.lamb_always_adapt=true"], "no effect with optim.name=adamw"),
         (["optim.name=sgd", "optim.lamb_bias_correction=false"], "no effect with optim.name=sgd"),
@@ -288,6 +290,7 @@ def test_what_building_blocks_say_is_for_the_user() -> None:
     [
         ({"train": {"epochs": 3}}, "train.steps=5", ["train.epochs"]),
         ({"train": {"steps": 3}}, "train.epochs=5", ["train.steps"]),
+        ({"train": {"warmup_steps": 3}}, "train.warmup_epochs=5", ["train.warmup_steps"]),
         ({"optim": {"lr": 0.1, "lr_batch": 8}}, "optim.base_lr=0.2", ["optim.lr", "optim.lr_batch"]),
         ({"optim": {"base_lr": 0.1}}, "optim.lr=0.2", ["optim.base_lr"]),
     ],

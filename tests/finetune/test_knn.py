@@ -18,6 +18,7 @@ from engine.config import ConfigError, check_run, load
 from engine.world import World
 from finetune import knn
 from finetune.__main__ import PROGRAM
+from finetune.features import Extracted
 from finetune.knn import KNNConfig, count_votes, neighbours, shared_neighbours, vote
 from tests.finetune.ranks import on_ranks
 
@@ -60,6 +61,27 @@ def test_votes_equal_a_slow_loop_and_scikit_learn(k: int, monkeypatch: pytest.Mo
     assert np.array_equal(weighted.numpy(), reference.predict(queries.numpy()))
 
 
+def share(keys: Tensor, labels: Tensor, mine: slice) -> Extracted:
+    return Extracted(keys[mine], labels[mine], torch.arange(len(keys))[mine])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_equally_near_images_are_taken_in_their_order(processes: int) -> None:
+    once, _ = draw(6, 7)
+    keys = once.repeat(4, 1)  # every image four times, each time of another class
+    key_labels, queries = torch.arange(24), draw(5, 8)[0]
+    order = [i for rank in range(processes) for i in range(rank, len(queries), processes)]
+    products = (queries.double() @ once.double().T).argsort(dim=1, descending=True)
+    slow = torch.tensor([[int(i) + 6 * copy for i in row for copy in range(4)] for row in products])
+
+    def work(world: World) -> Tensor:
+        mine = slice(world.rank, None, world.size)
+        return shared_neighbours(share(keys, key_labels, mine), queries[mine], 7, world)[1]
+
+    for labels in on_ranks(processes, work):
+        assert torch.equal(labels, slow[:, :7][order])
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_shared_search_is_exact(processes: int) -> None:
     (keys, key_labels), (queries, _) = draw(13, 2), draw(7, 3)  # 5 processes: fewer keys each than neighbours asked for
@@ -68,7 +90,7 @@ def test_shared_search_is_exact(processes: int) -> None:
 
     def work(world: World) -> tuple[Tensor, Tensor]:
         mine = slice(world.rank, None, world.size)
-        return shared_neighbours(keys[mine], key_labels[mine], queries[mine], 4, world)
+        return shared_neighbours(share(keys, key_labels, mine), queries[mine], 4, world)
 
     for cosines, labels in on_ranks(processes, work):
         assert torch.allclose(cosines, alone[0][order], atol=1e-6)
@@ -80,7 +102,7 @@ def test_a_process_without_images_takes_part() -> None:
 
     def work(world: World) -> Tensor:
         end = 6 if world.is_main else 0
-        return shared_neighbours(keys[:end], key_labels[:end], queries[: end // 2], 2, world)[1]
+        return shared_neighbours(share(keys, key_labels, slice(end)), queries[: end // 2], 2, world)[1]
 
     for labels in on_ranks(2, work):
         assert torch.equal(labels, key_labels[neighbours(queries, keys, 2)[1]])

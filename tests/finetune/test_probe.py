@@ -78,9 +78,7 @@ def slowly(x: Tensor, y: Tensor, lost: int, config: ProbeConfig, factor: float, 
             dw = dw * 0.001 * np.linalg.norm(w) / np.linalg.norm(dw)
         for i, (value, gradient) in enumerate(((w, dw), (b, db))):
             momenta[i] = 0.9 * momenta[i] + gradient
-            # timm's sgd is Nesterov's, its lars is not
-            change = momenta[i] if optim.name == "lars" else gradient + 0.9 * momenta[i]
-            value -= factor * rates[step] * change
+            value -= factor * rates[step] * momenta[i]
     return torch.from_numpy(w), torch.from_numpy(b)
 
 

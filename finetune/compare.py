@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data.sources import ImageIndex
 from engine import cli, ds
 from engine.checkpoint import Progress
 from engine.config import ConfigError, user_errors
@@ -25,8 +26,9 @@ from engine.files import write_json
 from engine.log import setup
 from engine.loop import NonFiniteLossError
 from engine.world import World, join
-from finetune import compare_report, sets
+from finetune import compare_report, heads, sets
 from finetune.comparison import KEPT, WORDS, Request, Run, make_runs, read_request, root_of
+from finetune.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +84,18 @@ class Comparison:
     def __init__(self, program: cli.Program, request: Request, runs: list[Run]) -> None:
         self.program, self.request, self.runs = program, request, runs
         config = runs[0].config
+        self.task = TASKS[getattr(config, program.kind)]
         with user_errors():
             # One scan for all: the share of a run is drawn from the same index.
             found = sets.find_sets(dataclasses.replace(config.data, labels=1.0), config.seed)
-        shares = {run.labels: float(run.labels) for run in runs}
-        self.images = {s: len(found.train.subset(s, config.seed)) if s < 1 else len(found.train) for s in shares}
+        first = {run.init: run.config for run in runs[: len(request.inits)]}
+        shares = {float(run.labels) for run in runs}
+        index = {s: found.train.subset(s, config.seed) if s < 1 else found.train for s in sorted(shares)}
+        self.images = {share: len(index[share]) for share in index}
         images = found.train.fingerprint() + found.val.fingerprint()
-        weights = {init.name: init.identity() for init in request.inits}
+        with user_errors():
+            weights = {i.name: i.identity(_classes(first[i.name], found.train.class_names)) for i in request.inits}
+        self.smaller = False
         self.asked = {
             run.name: _plain(
                 Progress.start(run.config, 1, "").settings
@@ -96,17 +103,26 @@ class Comparison:
             )
             for run in runs
         }
-        self._check()
+        self._check_room(index)
+        self._check_settings()
 
-    def _check(self) -> None:
-        """Refuse what no run of a share could do, and to mix runs of different settings."""
-        for run in self.runs:
-            batch = run.config.train.batch_size if hasattr(run.config, "train") else 1
-            if self.images[run.labels] < batch:
+    def _check_room(self, index: dict[float, ImageIndex]) -> None:
+        """Refuse a share that is too small for the task. The seed plays no part: it chooses images, not their number."""
+        for run in self.runs[: len(self.request.inits) * len(index)]:
+            try:
+                images, least = self.task.room(run.config, index[run.labels])
+            except ValueError as error:
+                raise ConfigError(f"labels={run.labels:g}: {error}") from None
+            if images < least:
                 raise ConfigError(
-                    f"labels={run.labels:g} leaves {self.images[run.labels]} training images, less than one batch of "
-                    f"{batch}: lower train.batch_size, or leave this share out"
+                    f"labels={run.labels:g} leaves {images} training images, less than one batch of {least}: lower "
+                    "train.batch_size, or leave this share out"
                 )
+            self.smaller |= hasattr(run.config, "train") and images < run.config.train.batch_size
+
+    def _check_settings(self) -> None:
+        """Refuse to mix runs of different settings."""
+        for run in self.runs:
             before, now = _read(run), self.asked[run.name]
             if before.get("state") != "finished" and not any((run.folder / "checkpoints").glob("step*")):
                 continue
@@ -128,13 +144,28 @@ class Comparison:
         if hasattr(config, "train"):
             train = config.train
             long = f"{train.steps} steps" if train.steps is not None else f"{train.epochs:g} epochs"
-            facts["budget of every run"] = f"{long}, batches of {train.batch_size}"
+            smaller = " (all images, where they are fewer)" if self.smaller else ""
+            facts["budget of every run"] = f"{long}, batches of {train.batch_size}{smaller}"
             facts["measured"] = "top-1 after the last epoch: the best one would be chosen on the images that judge it"
         facts["training images"] = ", ".join(f"{n:,} at labels={share:g}" for share, n in self.images.items())
         facts["seeds"] = ", ".join(map(str, request.seeds))
         for init in request.inits:
             facts[init.name] = " ".join([init.word, *init.overrides])
+        if told := self._handicaps():
+            facts["handicap from scratch"] = told
         return facts
+
+    def _handicaps(self) -> str:
+        """Which starting points train from scratch with what is meant for pre-trained layers."""
+        found = {}
+        for run in self.runs[: len(self.request.inits)]:
+            decay = run.config.optim.layer_decay if hasattr(run.config, "optim") else 1
+            if not run.config.encoder.pretrained and decay < 1:
+                found[run.init] = f"{run.init} trains from scratch with optim.layer_decay={decay:g}"
+        if not found:
+            return ""
+        usual = " ".join(f"{name}.optim.layer_decay=1" for name in found)
+        return f"{', '.join(found.values())}, which is meant for pre-trained layers; as it is usually done: {usual}"
 
     def dry_run(self, world: World) -> None:
         """One step from each starting point, on the smallest share."""
@@ -145,11 +176,30 @@ class Comparison:
                     shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
                     cli.say(f"{run.init:16s} {key:24s} {shown}")
 
+    def _try(self, world: World) -> None:
+        """Build what each starting point needs once, before the hours that the others take.
+
+        Raises:
+            ConfigError: one does not fit.
+        """
+        left = {run.init for run in self.runs if _read(run).get("state") != "finished"}
+        for run in self.runs[: len(self.request.inits)]:
+            if self.task.build is None or not world.agree(run.init in left):
+                continue
+            log.info("trying whether %s can be built", run.init)
+            try:
+                self.task.build(run.config, world)
+            except ConfigError as error:
+                raise ConfigError(f"{run.init}: {error}") from error
+            except Exception as error:  # the run itself tells of it, and those of the others may go on
+                log.warning("%s cannot be built: %s", run.init, error)
+            _free()
+
     def run(self, world: World) -> int:
         """Do what is not done yet, and tell after every run what is known -> 1 where one failed, else 0."""
         for line in self.plan()[: len(self.facts())]:
             log.info(line)
-        self._advise()
+        self._try(world)
         for number, run in enumerate(self.runs, 1):
             done = world.agree(_read(run).get("state") == "finished")
             log.info("run %d of %d: %s%s", number, len(self.runs), run.name, " is done already" if done else "")
@@ -199,8 +249,7 @@ class Comparison:
             log.warning(
                 "%s failed: %s", run.name, reason, exc_info=not isinstance(error, ConfigError | NonFiniteLossError)
             )
-        gc.collect()  # the engine and its networks hang together in circles
-        torch.cuda.empty_cache()
+        _free()
         if world.is_main:
             row = {} if reason else _measured(run.folder)
             if row:
@@ -210,15 +259,17 @@ class Comparison:
             write_json(run.folder / RECORD, record)
         world.barrier()
 
-    def _advise(self) -> None:
-        for run in self.runs[: len(self.request.inits)]:
-            decay = run.config.optim.layer_decay if hasattr(run.config, "optim") else 1
-            if not run.config.encoder.pretrained and decay < 1:
-                log.info(
-                    "%s has optim.layer_decay=%g, which is meant for pre-trained layers: %s.optim.layer_decay=1 compares "
-                    "with training from scratch as it is usually done",
-                    *(run.init, decay, run.init),
-                )
+
+def _classes(config: Any, names: list[str]) -> heads.Classes | None:
+    """What the classifier of a run starts with, where it has one."""
+    task = getattr(config, "classify", None)
+    return None if task is None else heads.Classes(names, task.head_init, task.class_map)
+
+
+def _free() -> None:
+    """Give memory back: the engine and its networks hang together in circles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _measured(folder: Path) -> dict[str, Any]:

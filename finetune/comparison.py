@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from engine import cli
 from engine.config import ConfigError, check_run
 from engine.files import file_digest
+from finetune import heads
 from finetune.init import PRETRAINED, SCRATCH, pretrained_of
 from models.pretrained import TIMM
 
@@ -45,12 +47,16 @@ class Init:
     word: str
     overrides: tuple[str, ...] = ()
 
-    def identity(self) -> str:
-        """What the weights are, wherever they lie: a digest of the file, where it is one."""
+    def identity(self, classes: heads.Classes | None) -> str:
+        """What the weights are, wherever they lie: digests of all that is read of them.
+
+        ``classes`` of the classifier that may take rows over; None where there is none.
+        """
         value = pretrained_of(self.word)
-        source = Path(value).expanduser()
-        file = source / "encoder.safetensors" if source.is_dir() else source
-        return value if value in ("", TIMM) or not file.is_file() else f"sha256 {file_digest(file)[:16]}"
+        if value in ("", TIMM):
+            return value
+        files = heads.files_of(str(Path(value).expanduser()), classes)
+        return f"sha256 {'+'.join(_digest(file)[:16] for file in files)}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,14 @@ def make_runs(program: cli.Program, request: Request) -> list[Run]:
 def root_of(runs: list[Run]) -> Path:
     """The folder of the whole comparison."""
     return runs[0].folder.parents[2]
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, or of those of a DeepSpeed checkpoint that hold its weights."""
+    if path.is_file():
+        return file_digest(path)
+    each = [f"{file.name} {file_digest(file)}" for file in sorted(path.glob("*_states.pt"))]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def _inits(text: str, taken: set[str]) -> list[Init]:

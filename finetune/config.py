@@ -56,8 +56,8 @@ class ClassifySection:
     )
     head_init: str = option(
         "fit",
-        "the classifier on pre-trained weights. fit: theirs, where it is of the same classes, else new; new; transfer: "
-        "theirs for the classes that it has, new for the others",
+        "the classifier on pre-trained weights. fit: theirs, where it is of the same classes (where nothing names them: of "
+        "as many), else new; new; transfer: theirs for the classes that it has, new for the others",
         choices=("fit", "new", "transfer"),
     )
     class_map: str = option(

@@ -30,26 +30,63 @@ class Classes:
     class_map: str = ""
 
 
+def is_ours(source: str, to: Classes) -> bool:
+    """Whether ``source`` is a run folder with a classifier of exactly our classes, in our order, which is to be kept."""
+    file = Path(source) / "model.safetensors"
+    if to.head_init != "fit" or source == TIMM or not to.names or not file.is_file():
+        return False
+    return list(read_card(file).get("class_names", [])) == list(to.names)
+
+
+def files_of(source: str, to: Classes | None) -> list[Path]:
+    """What a network reads of ``source``: files of weights, or the folder of a DeepSpeed checkpoint, and lists of classes.
+
+    ``to`` is None where the network has no classifier.
+    """
+    if to is None:
+        return [weights_file(source)]
+    if is_ours(source, to):
+        file = weights_file(source, whole=True)
+        return [file, file.with_suffix(".json")]
+    files = [weights_file(source)]
+    if to.head_init == "transfer":
+        whole = weights_file(source, whole=True)
+        files += [whole, whole.with_suffix(".json"), *([Path(to.class_map)] if to.class_map else [])]
+    return [file for file in dict.fromkeys(files) if file.exists()]
+
+
 def classifier(model: nn.Module) -> dict[str, Tensor]:
     """Weights and biases of a timm model's classifier, by name: copies. There may be two, of a distilled network."""
     prefixes = head_prefixes(model)
     return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith(prefixes)}
 
 
-def begin(model: nn.Module, fresh: Mapping[str, Tensor], source: str, kept: bool, scale: float, to: Classes) -> None:
+def begin(
+    model: nn.Module,
+    fresh: Mapping[str, Tensor],
+    source: str,
+    kept: bool,
+    scale: float,
+    to: Classes,
+    *,
+    whole: bool = False,
+) -> None:
     """Give the classifier of ``model``, loaded from ``source``, its start.
 
     Args:
         fresh: the classifier as it was before loading.
         kept: the classifier of ``source`` has as many classes and was loaded.
+        whole: it is that of a run folder's whole model.
         scale: factor of what starts anew (BEiT's ``init_scale``); rows that are taken over stay as they are.
 
     Raises:
         ConfigError: rows are to be taken over, but it is not known which, or there are none.
     """
     if kept and to.head_init == "fit":
-        known = [] if source == TIMM else read_card(weights_file(source)).get("class_names", [])
+        known = [] if source == TIMM else read_card(weights_file(source, whole=whole)).get("class_names", [])
         if not known or not to.names or list(known) == list(to.names):
+            if fresh:
+                log.info("the classifier in %s is kept as it is (classify.head_init=fit)", source)
             return
         log.warning("the classifier in %s is of other classes: left out (or use classify.head_init=transfer)", source)
     theirs, rows = transferable(fresh, source, to) if to.head_init == "transfer" else ({}, [])

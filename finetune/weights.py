@@ -82,9 +82,10 @@ def build(
         if classes is not None and classes.head_init == "transfer":
             log.info("classify.head_init=transfer is left out: the encoder is not pre-trained")
         return model
-    fresh = heads.classifier(model)
+    fresh, wanted = heads.classifier(model), classes or heads.Classes()
+    ours = bool(num_classes) and not whole and heads.is_ours(encoder.pretrained, wanted)
     try:
-        new = load_pretrained(model, encoder.pretrained, whole=whole, **asked)
+        new = load_pretrained(model, encoder.pretrained, whole=whole or ours, **asked)
     except ValueError as error:
         hint = (
             "; mean pooling keeps the encoder's own norm with encoder.kwargs.fc_norm=false"
@@ -100,7 +101,7 @@ def build(
         )
     if num_classes and not whole:
         kept = not fresh.keys() & set(new)
-        heads.begin(model, fresh, encoder.pretrained, kept, head_init_scale, classes or heads.Classes())
+        heads.begin(model, fresh, encoder.pretrained, kept, head_init_scale, wanted, whole=ours)
     return model
 
 

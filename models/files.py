@@ -1,6 +1,7 @@
 """Files of tensors, read without running anything in them."""
 
 import argparse
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from models.safe_pickle import LEGACY_MAGIC
 
 _WRAPPERS = ("model", "module", "state_dict")
 _AVERAGES = ("model_ema", "state_dict_ema", "ema")
@@ -27,8 +31,8 @@ class Saved:
 def read_saved(path: str | Path, *, ema: bool = False) -> Saved:
     """Tensors of a ``.safetensors`` or ``.pth`` file; a nested ``model``, ``module`` or ``state_dict`` is opened.
 
-    ``ema`` opens ``model_ema``, ``state_dict_ema`` or ``ema`` instead. The prefix ``module.`` that torch's parallel
-    wrappers give to every name is taken off.
+    ``ema`` opens ``model_ema``, ``state_dict_ema`` or ``ema`` instead. What torch's wrappers add to the names is taken
+    off: ``module.`` (parallel training) before all of them, ``_orig_mod.`` (``torch.compile``) anywhere.
 
     Raises:
         ValueError: in one line, what the file is instead.
@@ -46,9 +50,7 @@ def read_saved(path: str | Path, *, ema: bool = False) -> Saved:
         raise ValueError(f"{path} keeps no moving average: none of {', '.join(_AVERAGES)} is in it")
     state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     beside += [str(key) for key in found if str(key) not in state]
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return Saved(state, beside)
+    return Saved(_unwrapped(path, state), beside)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -74,6 +76,28 @@ def load_pickle(path: str | Path, *, lazily: bool = False) -> dict[str, Any]:
     return found
 
 
+def _unwrapped(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` by the names of the network alone: see :func:`read_saved`."""
+    names = {key: re.sub(r"(?<![^.])_orig_mod\.", "", key) for key in state}
+    wrapped = [key for key, name in names.items() if name.startswith("module.")]
+    if wrapped and len(wrapped) < len(names):
+        bare = next(key for key in names if key not in wrapped)
+        raise ValueError(
+            f"{path}: {len(wrapped)} of {len(names)} keys begin with module. (as {wrapped[0]}), others do not (as {bare}): "
+            "they are of two networks, or of a wrapper's own; save the state_dict() of the network inside alone"
+        )
+    found: dict[str, Tensor] = {}
+    for key, name in names.items():
+        name = name.removeprefix("module.")
+        if name in found:
+            raise ValueError(
+                f"{path} holds {name} twice, with and without the _orig_mod. of torch.compile: "
+                "save the state_dict() of one network alone"
+            )
+        found[name] = state[key]
+    return found
+
+
 def _is_safetensors(path: str | Path) -> bool:
     with Path(path).open("rb") as file:
         head = file.read(9)
@@ -91,6 +115,8 @@ def _unreadable(path: str | Path, error: Exception) -> ValueError:
     """One line that says what the file is, as far as its beginning tells."""
     with Path(path).open("rb") as file:
         head = file.read(64).lstrip()
+    told = str(error).partition("\n")[0]
+    remedy = "save the state_dict() alone, by safetensors or torch.save, where it is trusted: loading it runs its code"
     if head[:1] == b"<":
         reason = "it is a web page: the download asked for something else"
     elif head.startswith(b"version https://git-lfs"):
@@ -98,9 +124,16 @@ def _unreadable(path: str | Path, error: Exception) -> ValueError:
     elif not head:
         reason = "it is empty"
     elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        reason = f"it holds Python objects such as {found[1]}, which are not loaded: save the state_dict() alone"
+        reason = f"it holds Python objects such as {found[1]}, which are not loaded: {remedy}"
     elif head.startswith(b"PK") and "zip archive" in str(error):
         reason = "it is damaged or cut short"
+    elif head[:1] == b"\x80" and not head.startswith(pickle.dumps(LEGACY_MAGIC, protocol=2)):
+        reason = f"it is a plain pickle, which is not loaded: {remedy}"
+    elif "TorchScript" in told:
+        reason = f"it is a TorchScript program, which is not loaded: {remedy}"
+    # torch's own advice is to read the file unsafely
+    elif "weights_only" in str(error) or not isinstance(error, RuntimeError | SafetensorError | OSError):
+        reason = f"it is another kind of file, damaged, or a pickle, which is not loaded: {remedy}"
     else:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = told or type(error).__name__
     return ValueError(f"{path} cannot be read as weights, a .safetensors or .pth of tensors ({reason})")

@@ -56,6 +56,7 @@ class ConvMAEConfig(MaskedConfig):
     decoder_dim: int = option(512, "width of the decoder", ge=1)
     decoder_depth: int = option(8, "transformer blocks of the decoder", ge=1)
     decoder_heads: int = option(16, "heads of the decoder's attention", ge=1)
+    decoder_mlp_ratio: float = option(4.0, "widening of the decoder's MLPs", gt=0)
 
 
 class ConvMAE(MaskedAutoencoder):
@@ -75,6 +76,11 @@ class ConvMAE(MaskedAutoencoder):
         """Refuse settings that do not fit each other, before anything is built."""
         super().check(config)
         convmae: ConvMAEConfig = config.convmae
+        # Whoever builds the encoder again, from its description or the run's settings, gets the norm that it was trained with.
+        if config.encoder.kwargs.setdefault("fc_norm", False):
+            raise ConfigError(
+                "encoder.kwargs.fc_norm=true is of networks that pool, pre-training does not: leave it out"
+            )
         if convmae.masking == "random" and convmae.backend != "dense":
             raise ConfigError(
                 f"convmae.masking=random hides sites of the first stage, finer than convmae.backend={convmae.backend} can "
@@ -103,6 +109,7 @@ class ConvMAE(MaskedAutoencoder):
             convmae.decoder_heads,
             self.sites,
             self.stride**2 * config.data.in_chans,
+            convmae.decoder_mlp_ratio,
         )
 
     def prepared(self, encoder: nn.Module) -> nn.Module:

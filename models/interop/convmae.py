@@ -44,8 +44,8 @@ def convert_convmae(
 
     The settings are ``name``, ``kwargs``, ``in_chans``, ``image_size`` and ``num_classes`` of the encoder, ``initial``
     (empty: all of it was trained, or is fixed), ``left_out`` (official keys of an incomplete decoder, as in the released
-    ConvMAE-B, that have no place here), and of a whole pre-training ``decoder_dim``, ``decoder_depth``, ``decoder_heads``
-    and ``multi_scale``.
+    ConvMAE-B, that have no place here), and of a whole pre-training ``decoder_dim``, ``decoder_depth``, ``decoder_heads``,
+    ``decoder_mlp_ratio`` and ``multi_scale``.
     """
     config = _encoder(official, image_size, num_heads)
     try:
@@ -138,13 +138,15 @@ def _ratio(hidden: int, dim: int) -> float:
 
 def _decoder(official: Mapping[str, Tensor], encoder: Any, config: dict[str, Any]) -> dict[str, torch.Size]:
     """Names and shapes of what a whole pre-training state holds beside its encoder; its settings are added to ``config``."""
-    require(WHAT, official, "decoder_embed.weight", "decoder_blocks.0.norm1.weight", "decoder_pred.weight")
+    hidden = "decoder_blocks.0.mlp.fc1.weight"
+    require(WHAT, official, "decoder_embed.weight", hidden, "decoder_pred.weight")
     dim = official["decoder_embed.weight"].shape[0]
     numbers = [int(match[1]) for key in official if (match := re.match(r"decoder_blocks\.(\d+)\.", key))]
     config |= {
         "decoder_dim": dim,
         "decoder_depth": 1 + max(numbers),
         "decoder_heads": 16 if dim % 16 == 0 else 1,  # as released, and no tensor tells
+        "decoder_mlp_ratio": _ratio(official[hidden].shape[0], dim),
         "multi_scale": any(key.startswith("stage1_output_decode.") for key in official),
     }
     *finer, last = encoder.feature_info
@@ -157,6 +159,7 @@ def _decoder(official: Mapping[str, Tensor], encoder: Any, config: dict[str, Any
             config["decoder_heads"],
             encoder.grid_size,
             encoder.stride**2 * config["in_chans"],
+            config["decoder_mlp_ratio"],
         )
         parts.fuse = nn.ModuleList(
             nn.Conv2d(scale["num_chs"], last["num_chs"], encoder.stride // scale["reduction"])

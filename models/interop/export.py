@@ -46,7 +46,7 @@ def network_of(
 ) -> Network:
     """Read ``source`` and build its network: the one its description names, else ``name``, else the one its tensors tell.
 
-    ``asked``: ``kwargs``, ``in_chans`` and ``image_size`` where they are not to be those of the weights.
+    ``asked``: ``in_chans`` and ``image_size`` where they are not to be those of the weights, and ``kwargs`` added to theirs.
 
     Raises:
         ValueError: no network is named, or two are.
@@ -63,7 +63,8 @@ def network_of(
         )
     usual = {"kwargs": {}, "in_chans": 3, "image_size": weights.image_size or (224, 224)}
     found = {key: told.get(key, value) for key, value in usual.items()}
-    found |= {"name": name, **{key: value for key, value in asked.items() if value is not None}}
+    kwargs = {**found["kwargs"], **(asked.pop("kwargs", None) or {})}
+    found |= {"name": name, "kwargs": kwargs, **{key: value for key, value in asked.items() if value is not None}}
     model, arguments = empty(found, weights.state)
     return Network(weights, card, found, model, arguments)
 
@@ -105,7 +106,7 @@ def write(source: Path, out: Path, to: str, **asked: Any) -> str:
         words = ", ".join(f"{key}={value!r}" for key, value in network.arguments.items())
         told = f"timm.create_model({name!r}, {words}, checkpoint_path={str(out)!r}) loads it"
     if to == "hub":
-        write_hub(out, name, network.model, state, network.arguments, {**network.asked, **network.card})
+        write_hub(out, name, network.model, state, network.arguments, {**network.card, **network.asked})
         before = "after `import models` " if is_ours(name) else ""
         told = f"{before}timm.create_model('local-dir:{out}', pretrained=True) loads it"
     elif out.suffix == ".pth":

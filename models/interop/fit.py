@@ -1,5 +1,6 @@
 """Weights made to fit a network: position embeddings, patch embeddings and input channels are resized as timm does it."""
 
+import dataclasses
 import inspect
 import logging
 import math
@@ -11,6 +12,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from models.encoder import feature_stride, first_convs, head_prefixes
+from models.interop.kinds import POOLED_NORM
 from models.interop.report import KeyReport, Weights
 from models.interop.strict import listed
 from models.interop.vit import beit_for
@@ -59,6 +61,8 @@ def fit(model: nn.Module, weights: Weights, image_size: tuple[int, int]) -> tupl
         left_out={group: list(keys) for group, keys in weights.left_out.items()},
         notes=[*weights.notes, *notes],
     )
+    if weights.plain and _norm_moves(own, found, head):
+        weights = dataclasses.replace(weights, untrained=POOLED_NORM, unused=("norm.",))
     source_grid = _grid_of(model, found, weights.image_size, image_size)
     state: dict[str, Tensor] = {}
     for key, value in found.items():
@@ -88,6 +92,12 @@ def fit(model: nn.Module, weights: Weights, image_size: tuple[int, int]) -> tupl
             free = key.startswith((*head, *weights.untrained))
             (report.missing if free else report.lacking).append(key)
     return state, report
+
+
+def _norm_moves(own: Mapping[str, Tensor], found: Mapping[str, Tensor], head: tuple[str, ...]) -> bool:
+    """Whether a transformer that was only pre-trained meets one that norms after pooling, as MAE's released encoders do."""
+    begins = "norm.weight" in found and "fc_norm.weight" not in found and not any(k.startswith(head) for k in found)
+    return begins and "fc_norm.weight" in own and "norm.weight" not in own
 
 
 def _not_taken(report: KeyReport, key: str, head: tuple[str, ...], unused: tuple[str, ...]) -> None:
@@ -165,11 +175,11 @@ def _grid_of(
     own, saved = getattr(model, "pos_embed", None), state.get("pos_embed")
     if own is None or saved is None or own.ndim != 3 or saved.ndim != 3:
         return None
-    if own.shape[1] == saved.shape[1]:
-        return grid_of(model, image_size)
     tokens = saved.shape[1] - _prefix_tokens(model)
     side = math.isqrt(max(tokens, 0))
     if side * side != tokens:
+        if own.shape[1] == saved.shape[1]:
+            return grid_of(model, image_size)
         raise ValueError(
             f"its {tokens} position embeddings are no square grid, and no JSON beside it names its image_size"
         )

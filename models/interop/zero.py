@@ -21,6 +21,7 @@ from models.interop.strict import listed
 
 _MODEL = "*_model_states.pt"
 _OPTIM = "*_optim_states.pt"
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class _Unread:
@@ -80,10 +81,9 @@ def read_zero(folder: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], st
         if any("module" not in model or "param_shapes" not in model for model in models):
             raise ValueError(f"{folder}: {files[0].name} is no checkpoint of DeepSpeed's engine")
         stage = _stage(folder, files, models[0])
-        state = _sharded(folder, models) if stage == 3 else _whole(folder, models[0])
-    half = {value.dtype for value in models[0]["module"].values()} & {torch.float16, torch.bfloat16}
-    # DeepSpeed does not write down there which parameter each float32 tensor of the optimizer belongs to.
-    rounded = f", rounded to {half.pop()} as it was trained".replace("torch.", "") if stage == 0 and half else ""
+        exact = stage == 3 or _is_exact(folder, models[0], stage)
+        state = _sharded(folder, models) if stage == 3 else _whole(folder, models[0], exact=exact)
+    rounded = "" if exact else f", rounded to {_half(models[0])} as it was trained"
     return state, f"a DeepSpeed checkpoint of ZeRO-{stage}{rounded}"
 
 
@@ -119,8 +119,7 @@ def _stage(folder: Path, files: Sequence[Path], model: Mapping[str, Any]) -> int
 def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Floating-point tensors as float32 (float64 stays)."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    half = (torch.float16, torch.bfloat16)
-    return {name: value.float() if value.dtype in half else value for name, value in tensors.items()}
+    return {name: value.float() if value.dtype in _HALF else value for name, value in tensors.items()}
 
 
 def _groups(folder: Path, key: str) -> list[list[Tensor]]:
@@ -140,29 +139,44 @@ def _groups(folder: Path, key: str) -> list[list[Tensor]]:
             )
         found.append(pieces)
     if not found:
-        raise ValueError(f"{folder} has no {_OPTIM}: the float32 weights are in them")
+        raise ValueError(f"{folder} has no {_OPTIM}, which hold the float32 weights: copy the folder whole")
     return found
 
 
-def _whole(folder: Path, model: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights of ZeRO-0 to 2."""
+def _half(model: Mapping[str, Any]) -> str:
+    """The half precision of a process's model, in words; empty where all of it is in float32."""
+    found = {value.dtype for value in model["module"].values() if isinstance(value, Tensor)}
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in _HALF if dtype in found)
+
+
+def _is_exact(folder: Path, model: Mapping[str, Any], stage: int) -> bool:
+    """Whether the weights that were trained are to be had in float32, of ZeRO-0 to 2.
+
+    Where the shapes by group are missing, as of ZeRO-0, nothing tells which parameter each float32 tensor of the optimizer
+    belongs to. Later stages always keep those tensors: files without them are incomplete, and refused when read.
+    """
+    return not _half(model) or bool(model["param_shapes"] and (stage or any(folder.glob(_OPTIM))))
+
+
+def _whole(folder: Path, model: Mapping[str, Any], *, exact: bool) -> dict[str, Tensor]:
+    """Weights of ZeRO-0 to 2; those in use, or the ``exact`` ones that they are rounded from."""
     stored: Mapping[str, Tensor] = model["module"]
     state = _floats(stored)
     groups = model["param_shapes"] or []
-    if all(stored[name].dtype == torch.float32 for group in groups for name in group) or not any(folder.glob(_OPTIM)):
-        return state  # the optimizer's own are the same, or there are none
+    if not exact or all(stored[name].dtype == torch.float32 for group in groups for name in group):
+        return state  # the optimizer's own are the same, or cannot be told apart
     pieces = _groups(folder, "single_partition_of_fp32_groups")
     for index, group in enumerate(groups):
         flat, offset = torch.cat([rank[index] for rank in pieces]), 0
         paddings = _paddings(folder, index, len(group))
         for (name, shape), padding in zip(group.items(), paddings, strict=True):
-            exact = flat[offset : offset + shape.numel()]
+            piece = flat[offset : offset + shape.numel()]
             # The weights in use are these, rounded: were the order or the paddings others, they would not agree.
-            if exact.numel() != shape.numel() or not torch.equal(
-                exact.view(shape).to(stored[name].dtype), stored[name]
+            if piece.numel() != shape.numel() or not torch.equal(
+                piece.view(shape).to(stored[name].dtype), stored[name]
             ):
                 raise ValueError(f"{folder}: the float32 values of {name} are not where they should be")
-            state[name] = exact.view(shape).clone()
+            state[name] = piece.view(shape).clone()
             offset += shape.numel() + padding
     for alias, name in (model.get("shared_params") or {}).items():
         if name in state:

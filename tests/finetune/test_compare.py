@@ -370,7 +370,8 @@ def test_a_setting_for_one_starting_point_alone(setting: Setting, capsys: pytest
 
     assert setting(*words, "seeds=1", "labels=0.3", run=notes) == 0
     assert [(c.optim.layer_decay, c.optim.lr) for c in configs] == [(1.0, 0.001), (0.8, 0.001), (0.8, 2.0)]
-    assert "optim.layer_decay=1" in setting.read()["facts"]["scratch"]
+    facts = setting.read()["facts"]
+    assert "optim.layer_decay=1" in facts["scratch"] and "handicap from scratch" not in facts
     assert {c.data.labels for c in configs} == {0.3} and {c.seed for c in configs} == {0}
 
 
@@ -423,3 +424,58 @@ def test_the_scan_is_of_the_images_of_the_runs(setting: Setting) -> None:
     found = compare.Comparison(PROGRAM, compare.read_request(PROGRAM, setting.words()), runs).images
     for run in runs:
         assert found[run.labels] == len(sets.find_sets(run.config.data, run.seed).train)
+
+
+PROBE = (
+    VIT.replace(", global_pool: avg, fc_norm: false", ""),
+    "train.epochs=2",
+    "train.warmup_epochs=0",
+    "train.batch_size=256",
+    "eval_batch_size=300",
+    "seeds=1",
+)
+
+
+def probe(setting: Setting, *words: str) -> int:
+    common = [f"data.path={setting.digits}", *PROBE, f"init=scratch,{setting.weights}", f"output_dir={setting.folder}"]
+    return cli.main(PROGRAM, ["compare", "digits_probe", *common, *words])
+
+
+def test_a_probe_of_fixed_features_takes_fewer_images_than_a_batch(
+    setting: Setting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert probe(setting, "labels=0.05,1") == 0
+    runs = setting.read()["runs"]
+    assert {run["train_images"] for run in runs} == {70, 1438} and all("top1" in run for run in runs)
+    assert "batches of 256 (all images, where they are fewer)" in setting.read()["facts"]["budget of every run"]
+    assert probe(setting, "labels=0.05", "--dry_run") == 0
+    # Where the held-out images are all there are, it is told before anything runs.
+    capsys.readouterr()
+    assert probe(setting, "labels=0.001") == 2
+    assert "labels=0.001: none of 10 training images can be held out" in capsys.readouterr().err
+    # The share is more than a batch, but a tenth of each class is held out.
+    words = ("probe.augment=true", "labels=0.2", "--show")
+    assert probe(setting, *words, "train.batch_size=270") == 2
+    assert "leaves 257 training images, less than one batch of 270" in capsys.readouterr().err
+    assert probe(setting, *words, "train.batch_size=257") == 0
+
+
+def test_weights_that_do_not_fit_are_told_before_the_first_run(
+    setting: Setting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``norm`` in place of ``fc_norm``: nothing beside the weights tells."""
+    moved = save_encoder(setting.folder.parent / "moved", VIT.replace(", fc_norm: false", ""))
+    given = f"init=scratch,{setting.weights},{moved}"
+    assert setting(given, run=lambda config, world: pytest.fail("ran")) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: moved: ") and "fc_norm" in said[0]
+    # It has a setting of its own, or is left out, under the same output_dir.
+    assert setting(given, "moved.encoder.kwargs.fc_norm=true", run=pretend) == 0
+    assert setting(run=pretend) == 0
+
+
+def test_from_scratch_with_layer_decay_is_told_on_the_page(setting: Setting) -> None:
+    assert setting("seeds=1", run=pretend) == 0
+    told = setting.read()["facts"]["handicap from scratch"]
+    assert "scratch trains from scratch with optim.layer_decay=0.8" in told and "scratch.optim.layer_decay=1" in told
+    assert "cim" not in told and "optim.layer_decay=0.8, which is meant" in (setting.folder / "report.html").read_text()

@@ -104,6 +104,32 @@ def test_a_new_classifier_is_new_even_where_theirs_would_fit(tmp_path: Path, cap
     assert all(torch.equal(a, b) for a, b in zip(unknown, theirs, strict=True))
 
 
+def test_a_run_folder_of_the_same_classes_lends_its_classifier(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the option says of ``fit``, the default; the rows are not scaled, and the encoder is theirs in any case."""
+    caplog.set_level("INFO")
+    for name in NETWORKS:
+        folder = tmp_path / name
+        model = saved(name, folder, THEIRS)
+        theirs, fresh = head(model, name), head(start(name, "", THEIRS), name)
+        for ours, how, expected in (
+            (THEIRS, {}, theirs),
+            (THEIRS, {"head_init": "new"}, [0.5 * value for value in fresh]),
+            (THEIRS[::-1], {}, [0.5 * value for value in fresh]),  # as many, in another order
+        ):
+            caplog.clear()
+            begun = start(name, folder, ours, 0.5, **how)
+            assert all(torch.equal(a, b) for a, b in zip(head(begun, name), expected, strict=True)), (name, ours, how)
+            assert ("is kept as it is" in caplog.text) == (expected is theirs)
+            own, body = begun.state_dict(), load_file(folder / "encoder.safetensors")
+            assert body and all(torch.equal(own[key], value) for key, value in body.items())
+        # A folder with the encoder alone, as pre-training leaves it.
+        (folder / "model.safetensors").unlink()
+        alone = head(start(name, folder, THEIRS, 0.5), name)
+        assert all(torch.equal(a, 0.5 * b) for a, b in zip(alone, fresh, strict=True))
+
+
 def test_a_map_renames_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = "resnet18"
     theirs = head(saved(name, tmp_path, THEIRS), name)

@@ -56,7 +56,8 @@ def build(golden: Golden, weights: Mapping[str, Tensor], backend: str) -> ConvMA
     """Our network with the official weights; the mask patch is the encoder's stride, as released."""
     converted, state = convert_convmae(with_positions(golden, weights), golden.input_size, golden.meta.get("num_heads"))
     in_chans = converted["in_chans"]
-    settings = {name: converted[name] for name in ("decoder_dim", "decoder_depth", "decoder_heads", "multi_scale")}
+    told = ("decoder_dim", "decoder_depth", "decoder_heads", "decoder_mlp_ratio", "multi_scale")
+    settings = {name: converted[name] for name in told}
     if heads := golden.meta.get("decoder", {}).get("num_heads"):
         settings["decoder_heads"] = heads
     recipe = {

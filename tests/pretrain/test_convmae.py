@@ -438,7 +438,7 @@ def test_a_run_from_the_command_line(digits: Path, tmp_path: Path) -> None:
     assert sum(losses[-5:]) / 5 < 0.95 * sum(losses[:3]) / 3
     knn = [f"data.path={digits / 'train'}", f"data.val_path={digits / 'val'}", "data.image_size=24", "data.workers=0"]
     knn += ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", "knn.k=[5]", f"encoder.pretrained={tmp_path / 'run'}"]
-    knn += ["encoder.kwargs.fc_norm=false"]
+    assert json.loads((tmp_path / "run/encoder.json").read_text())["kwargs"]["fc_norm"] is False
     assert cli.main(FINETUNE, ["knn", *knn, f"output_dir={tmp_path / 'knn'}"]) == 0
 
 

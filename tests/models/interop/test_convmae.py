@@ -18,9 +18,18 @@ DIMS, DEPTHS, PATCHES, DECODER = (8, 12, 64), (1, 2, 2), (4, 2, 2), (16, 2)
 
 
 def official(
-    kind: str = "pretrain", *, in_chans: int = 3, kernel: int = 5, ratios: tuple[int, ...] = (4, 4, 2), sites: int = 9
+    kind: str = "pretrain",
+    *,
+    in_chans: int = 3,
+    kernel: int = 5,
+    ratios: tuple[int, ...] = (4, 4, 2),
+    sites: int = 9,
+    widening: int = 4,
 ) -> dict[str, Tensor]:
-    """The released names and shapes, written out, with random numbers; ``kind``: pretrain, encoder, pooled or token."""
+    """The released names and shapes, written out, with random numbers; ``kind``: pretrain, encoder, pooled or token.
+
+    ``ratios`` and ``widening`` are of the MLPs of the encoder's stages and of the decoder.
+    """
     shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, sites, DIMS[2])}
 
     def layer(name: str, *shape: int) -> None:
@@ -60,7 +69,7 @@ def official(
         layer("decoder_embed", width, DIMS[2])
         shapes |= {"mask_token": (1, 1, width), "decoder_pos_embed": (1, sites, width)}
         for number in range(depth):
-            transformer(f"decoder_blocks.{number}", width, 4)
+            transformer(f"decoder_blocks.{number}", width, widening)
         layer("decoder_norm", width)
         layer("decoder_pred", 16 * 16 * in_chans, width)
     draw = torch.Generator().manual_seed(0)
@@ -78,21 +87,17 @@ def encoder_of(config: dict[str, Any]) -> Any:
     )
 
 
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_a_whole_pre_training(in_chans: int) -> None:
+@pytest.mark.parametrize(("in_chans", "widening"), [(1, 4), (3, 4), (2, 8)])
+def test_a_whole_pre_training(in_chans: int, widening: int) -> None:
     """Into our method strictly, all settings from the tensors, and back again."""
-    state = official(in_chans=in_chans)
+    state = official(in_chans=in_chans, widening=widening)
     config, ours = convert_convmae(state)
     assert config["image_size"] == (48, 48) and config["in_chans"] == in_chans and config["left_out"] == []
-    assert {key: config[key] for key in ("decoder_dim", "decoder_depth", "decoder_heads", "multi_scale")} == {
-        "decoder_dim": 16,
-        "decoder_depth": 2,
-        "decoder_heads": 16,
-        "multi_scale": True,
-    }
+    settings = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 16, "decoder_mlp_ratio": widening}
+    settings["multi_scale"] = True
+    assert {key: config.get(key) for key in settings} == settings
     kwargs = {"embed_dims": [8, 12, 64], "depths": [1, 2, 2], "mlp_ratios": [4, 4, 2], "num_heads": 1, "fc_norm": False}
     assert config["kwargs"] == kwargs
-    settings = {key: config[key] for key in ("decoder_dim", "decoder_depth", "decoder_heads", "multi_scale")}
     recipe = {
         "method": "convmae",
         "data": {"image_size": [48, 48], "in_chans": in_chans, "mean": [0.5] * in_chans, "std": [0.5] * in_chans},

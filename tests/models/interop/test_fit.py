@@ -142,3 +142,23 @@ def test_windows_of_a_fixed_size_are_not_resized(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"of another shape: layers\.0\.blocks\.0\.attn\.relative_position_bias_table"):
         load(tmp_path / "a.safetensors", name, (64, 64), **kwargs, window_size=4)
+
+
+def test_equally_many_tokens_of_another_grid_are_resized(tmp_path: Path) -> None:
+    """A plain file of a square image, for a flat one with as many patches: positions must move, and be told of."""
+    state = official.noise(timm.create_model(VIT, **SMALL, img_size=64, num_classes=0).state_dict())
+    save_file(state, file := tmp_path / "a.safetensors")
+    model, report = load(file, VIT, (32, 128), **SMALL)
+    wanted = resample_abs_pos_embed(state["pos_embed"], [2, 8], [4, 4], num_prefix_tokens=1)
+    assert torch.equal(model.pos_embed, wanted) and not torch.equal(model.pos_embed, state["pos_embed"])
+    assert [row.partition(" ")[0] for row in report.resized] == ["pos_embed"]
+
+
+def test_an_encoder_that_was_only_pretrained_goes_into_mean_pooling(tmp_path: Path) -> None:
+    """As the encoders that MAE releases, which hold neither decoder nor classifier."""
+    state = official.noise(timm.create_model(VIT, **SMALL, img_size=64, num_classes=0).state_dict())
+    save_file(state, file := tmp_path / "a.safetensors")
+    model, report = load(file, VIT, (64, 64), **SMALL, global_pool="avg")
+    assert report.missing == ["fc_norm.weight", "fc_norm.bias"] and not report.unexpected
+    assert [sorted(keys) for keys in report.left_out.values()] == [["norm.bias", "norm.weight"]]
+    assert torch.equal(model.fc_norm.weight, torch.ones(12)) and torch.equal(model.pos_embed, state["pos_embed"])

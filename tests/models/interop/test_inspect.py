@@ -1,6 +1,7 @@
 """``python -m models.interop inspect``, and files that are no weights at all."""
 
 import io
+import json
 import pickle
 import re
 from pathlib import Path
@@ -76,6 +77,23 @@ def test_what_does_not_fit_is_listed_and_an_error(tmp_path: Path, capsys: pytest
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_arguments_are_added_to_those_of_the_description(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kwargs: dict[str, Any] = {"embed_dim": 24, "depth": 3, "num_heads": 2, "class_token": True}
+    model = timm.create_model(VIT, num_classes=0, img_size=(64, 96), **kwargs)
+    file = tmp_path / "encoder.safetensors"
+    save_file(model.state_dict(), file)
+    card = {"name": VIT, "kwargs": kwargs, "in_chans": 3, "image_size": [64, 96]}
+    file.with_suffix(".json").write_text(json.dumps(card))
+    said = told(capsys, str(file), "--kwargs", "{dynamic_img_size: true}")
+    both = {**kwargs, "dynamic_img_size": True}
+    assert f"encoder.kwargs={both}" in said
+    words = ["export", str(file), str(tmp_path / "hub"), "--to", "hub", "--kwargs", "{dynamic_img_size: true}"]
+    assert main([*words, "--image_size", "96", "64"]) == 0
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["model_args"].items() >= both.items()
+    assert config["pretrained_cfg"]["input_size"] == [3, 96, 64]
+
+
 def test_plain_files_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Some of timm's networks differ in activations alone."""
     save_file(timm.create_model("test_convnext").state_dict(), tmp_path / "a.safetensors")
@@ -104,7 +122,7 @@ def test_what_is_no_file_of_weights_is_said_in_one_line(tmp_path: Path, capsys: 
         "damaged or cut short": ("d.pth", good.getvalue()[: len(good.getvalue()) // 2]),
         "Whole, which are not loaded: save the state_dict() alone": ("e.pth", module.getvalue()),
         "cannot be read as weights": ("f.safetensors", safe.read_bytes()[:300]),
-        "(Invalid magic number": ("g.pth", pickle.dumps([1, 2], protocol=2)),
+        "it is a plain pickle, which is not loaded": ("g.pth", pickle.dumps([1, 2], protocol=2)),
         "it does not exist": ("h.pth", b""),
         "holds no encoder.safetensors": ("folder", b""),
     }

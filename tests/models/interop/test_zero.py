@@ -75,6 +75,27 @@ def test_missing_pieces_are_refused(
         read_zero(tmp_path / "cut")
 
 
+@pytest.mark.parametrize(("stage", "shapes"), [(1, True), (2, True), (1, False), (0, False)])
+def test_rounded_weights_are_never_read_in_silence(stage: int, shapes: bool, tmp_path: Path) -> None:
+    """Half-precision training without the optimizer's files: refused where they must be, else said."""
+    weight = torch.randn(3, 2).bfloat16()
+    saved = {
+        "module": {"0.weight": weight},
+        "param_shapes": [{"0.weight": weight.shape}] if shapes else None,
+        "ds_config": {"zero_optimization": {"stage": stage}},
+    }
+    torch.save(saved, tmp_path / "mp_rank_00_model_states.pt")
+    if shapes:
+        with pytest.raises(ValueError, match=r"has no \*_optim_states\.pt, which hold the float32 weights"):
+            read_zero(tmp_path)
+        return
+    found, told = read_zero(tmp_path)
+    assert told == f"a DeepSpeed checkpoint of ZeRO-{stage}, rounded to bfloat16 as it was trained"
+    assert torch.equal(found["0.weight"], weight.float())
+    torch.save({**saved, "module": {"0.weight": weight.float()}}, tmp_path / "mp_rank_00_model_states.pt")
+    assert read_zero(tmp_path)[1] == f"a DeepSpeed checkpoint of ZeRO-{stage}"
+
+
 def test_damage_is_refused_in_one_line(written: dict[int, Path], tmp_path: Path) -> None:
     step = written[2] / "2b" / "step00000003"
     shutil.copytree(step, tmp_path / "cut")

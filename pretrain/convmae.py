@@ -77,7 +77,7 @@ class ConvMAE(MaskedAutoencoder):
         super().check(config)
         convmae: ConvMAEConfig = config.convmae
         # Whoever builds the encoder again, from its description or the run's settings, gets the norm that it was trained with.
-        if config.encoder.kwargs.setdefault("fc_norm", False):
+        if config.encoder.name.startswith("convvit_") and config.encoder.kwargs.setdefault("fc_norm", False):
             raise ConfigError(
                 "encoder.kwargs.fc_norm=true is of networks that pool, pre-training does not: leave it out"
             )

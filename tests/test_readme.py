@@ -44,7 +44,7 @@ SMALLER = {
         f"{TINY_RUN} data.image_size=32 encoder.name=test_vit init=scratch,cim:output/cim seeds=1 labels=1.0 "
         "encoder.kwargs={patch_size: 8, embed_dim: 32, num_heads: 2, depth: 2, global_pool: avg, fc_norm: false}"
     ),
-    "finetune probe": "data.image_size=32 data.workers=0 train.epochs=2",
+    "finetune probe": "data.image_size=32 data.workers=0 train.epochs=2 train.warmup_epochs=0",
     "finetune analyse": "data.image_size=32 data.workers=0",
     "finetune knn": "data.image_size=32 data.workers=0",
     "benchmarks.step": "train.batch_size=2",

@@ -25,7 +25,7 @@ from engine.schema import EncoderConfig, option
 from engine.world import World, to_device
 from finetune import analyse_plots, sets, weights
 from finetune.channels import ChannelSums
-from finetune.config import FinetuneData
+from finetune.config import FinetuneData, MeasureConfig
 from finetune.evaluate import Census
 from finetune.features import lay_out, prepare
 from models.encoder import stages
@@ -56,17 +56,11 @@ class AnalyseSection:
 
 
 @dataclasses.dataclass
-class AnalyseConfig:
+class AnalyseConfig(MeasureConfig):
     """Analysis of an encoder; without ``encoder.pretrained`` of the untrained network."""
 
     task: str = option("analyse", "the task, one of finetune/tasks.py (set by the recipe)")
-    recipe: str = option("", "name of the recipe (set by the entry point)")
-    output_dir: str = option("", "folder of results.json; empty: output/<recipe>", kind="folder")
-    seed: int = option(0, "of the untrained network and of the choice of images", ge=0)
-    threads: int = option(0, "CPU threads per process; 0: torch's default", ge=0)
     eval_batch_size: int = option(64, "images per process and step", ge=1)
-    data: FinetuneData = dataclasses.field(default_factory=FinetuneData)
-    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     analyse: AnalyseSection = dataclasses.field(default_factory=AnalyseSection)
 
 

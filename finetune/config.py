@@ -3,7 +3,7 @@
 import dataclasses
 
 from engine.config import ConfigError
-from engine.schema import CropConfig, DataConfig, RunConfig, option
+from engine.schema import CropConfig, DataConfig, EncoderConfig, RunConfig, option
 
 
 @dataclasses.dataclass
@@ -41,6 +41,20 @@ class AugmentConfig(CropConfig):
     cutmix: float = option(0.0, "alpha of cutmix; 0: none", ge=0)
     mixup_prob: float = option(1.0, "probability that a batch is mixed", gt=0, le=1)
     label_smoothing: float = option(0.0, "share of the target spread over all classes", ge=0, lt=1)
+
+
+@dataclasses.dataclass
+class MeasureConfig:
+    """What is measured of an encoder as it is, without any training."""
+
+    task: str = option("", "the task, one of finetune/tasks.py (set by the recipe)")
+    recipe: str = option("", "name of the recipe (set by the entry point)")
+    output_dir: str = option("", "folder of results.json; empty: output/<recipe>", kind="folder")
+    seed: int = option(0, "of the untrained network and of the choice of labels or images", ge=0)
+    threads: int = option(0, "CPU threads per process; 0: torch's default", ge=0)
+    eval_batch_size: int = option(128, "images per process and step", ge=1)
+    data: FinetuneData = dataclasses.field(default_factory=FinetuneData)
+    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
 
 
 @dataclasses.dataclass

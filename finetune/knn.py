@@ -21,10 +21,10 @@ from data.sources import ImageIndex
 from engine.config import ConfigError, user_errors
 from engine.loop import peak_memory
 from engine.report import keep_settings, record
-from engine.schema import EncoderConfig, option
+from engine.schema import option
 from engine.world import World, to_device
 from finetune import sets, weights
-from finetune.config import FinetuneData
+from finetune.config import MeasureConfig
 from finetune.features import KINDS, Extracted, Frozen, extract
 
 log = logging.getLogger(__name__)
@@ -45,17 +45,10 @@ class KNNSection:
 
 
 @dataclasses.dataclass
-class KNNConfig:
+class KNNConfig(MeasureConfig):
     """k-NN of an encoder; without ``encoder.pretrained`` of the untrained network."""
 
     task: str = option("knn", "the task, one of finetune/tasks.py (set by the recipe)")
-    recipe: str = option("", "name of the recipe (set by the entry point)")
-    output_dir: str = option("", "folder of results.json; empty: output/<recipe>", kind="folder")
-    seed: int = option(0, "of the untrained network and of the choice of labels", ge=0)
-    threads: int = option(0, "CPU threads per process; 0: torch's default", ge=0)
-    eval_batch_size: int = option(128, "images per process and step", ge=1)
-    data: FinetuneData = dataclasses.field(default_factory=FinetuneData)
-    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     knn: KNNSection = dataclasses.field(default_factory=KNNSection)
 
 

@@ -1,5 +1,6 @@
 """What every test starts from: one CPU thread per process, and no GPU test without a GPU."""
 
+import logging
 import os
 
 # Before torch is imported: tests start several processes on few cores, and sums must not depend on their number.
@@ -21,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and there is none"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_found() -> Iterator[None]:
+    """The log as this test found it: an entry point sets one up that would tell all that later tests do."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = [kept for kept in handlers if type(kept).__module__.startswith("_pytest")]
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

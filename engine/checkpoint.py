@@ -1,12 +1,11 @@
 """Checkpoints that are complete or invisible, and the run they continue.
 
 ``checkpoints/stepNNNNNNNN/`` holds DeepSpeed's files (weights, optimiser, loss scaler), ``rankN.pt`` (buffers and
-random states of each process), ``ema.pt`` and ``progress.json``. It is written under another name and renamed once
-every process has finished, so that a kill at any moment leaves the ones before it as they were. ``latest`` names the
-newest for DeepSpeed's own tools.
+random states of each process), ``ema.pt``, ``progress.json`` and ``hashes.json``. It is written under another name and
+renamed once every process has finished, so that a kill at any moment leaves the ones before it as they were. ``latest``
+names the newest for DeepSpeed's own tools.
 """
 
-import argparse
 import json
 import logging
 import random
@@ -20,40 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from engine.config import ConfigError, getattr_path, settings
-from engine.files import write_json, write_text
+from engine.files import file_digest, write_json, write_text
+from engine.safe_files import HASHES, damage, write_hashed
 from engine.world import World
 
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step(\d{8,})$")
-_DRAFT = "writing_"
-
-
-def safe_checkpoint_engine(engine: Any) -> Any:
-    """DeepSpeed's checkpoint files, read without executing what a pickle asks for.
-
-    DeepSpeed loads with ``weights_only=False``; here only its own three classes and argparse's Namespace are known.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, argparse.Namespace]
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals(known):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    return SafeCheckpointEngine(engine._config)
-
+_DRAFT, _REMOVED, _DAMAGED = "writing_", "removing_", "damaged_"
 
 FREE_SETTINGS = {
-    *("recipe", "output_dir", "resume", "threads"),
+    *("recipe", "output_dir", "resume", "threads", "deepspeed"),
     *("data.path", "data.val_path", "data.workers", "data.max_broken", "encoder.pretrained", "eval_batch_size"),
     *(
         "optim.lr_batch",
@@ -63,11 +42,37 @@ FREE_SETTINGS = {
         "train.save_steps",
         "train.save_minutes",
         "train.keep_checkpoints",
+        "train.keep_every",
+        "train.keep_best",
+        "train.accumulation",
+        "train.checkpoint_blocks",
+        "train.compile",
+        "train.nonfinite",
+        "train.max_skipped",
+        "train.rollback_lr",
+        "train.max_rollbacks",
+        "train.timeout_minutes",
     ),
     *("train.picture_epochs", "train.eval_epochs"),
 }
-"""What may change when a run is continued: where things are and what is written, but not what is computed. What stands
-at a path that matters (training set, tokenizer) is compared by its contents, as part of the fingerprint."""
+"""What may change when a run is continued: where things are, what is written, and how the work is shared out, but not
+what is computed. What stands at a path that matters (training set, tokenizer) is compared by its contents, as part of
+the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread: two legs of the same layout continue bit for bit."""
+
+    processes: int
+    stage: int
+    offload: bool
+    precision: str
+    accumulation: int
+
+    def __str__(self) -> str:
+        offload = " with offload" if self.offload else ""
+        return f"{self.processes} processes, ZeRO-{self.stage}{offload}, {self.precision}, {self.accumulation} parts"
 
 
 @dataclass
@@ -75,28 +80,33 @@ class Progress:
     """Where a run stands and what it must agree with to be continued.
 
     Attributes:
+        layout: fields of the :class:`Layout` it was saved in.
         data: fingerprint of the training set, wherever it is.
         settings: the configuration but for :data:`FREE_SETTINGS`, flat.
+        skipped: steps left out so far because of values that were not finite.
+        rollbacks: how often the run went back to an earlier checkpoint.
     """
 
     step: int
-    world_size: int
+    layout: dict[str, Any]
     data: str
     settings: dict[str, Any]
+    skipped: int = 0
+    rollbacks: int = 0
 
     @classmethod
-    def start(cls, config: Any, world_size: int, data: str) -> "Progress":
+    def start(cls, config: Any, layout: Layout, data: str) -> "Progress":
         """Progress of a new run."""
         every = {key: getattr_path(config, key) for key, _, _ in settings(type(config))}
         kept = {key: value for key, value in every.items() if key not in FREE_SETTINGS}
         # The weights may move: whether there are any, and whose, may not change.
         start = every.get("encoder.pretrained", "")
-        return cls(0, world_size, data, kept | {"encoder.pretrained": start if start in ("", "true") else "a file"})
+        return cls(0, asdict(layout), data, kept | {"encoder.pretrained": start if start in ("", "true") else "a file"})
 
     def check(self, now: "Progress") -> None:
         """Refuse to continue with settings under which the run would not be the same one."""
-        saved = {"processes": self.world_size, "training set": self.data, **self.settings}
-        given = {"processes": now.world_size, "training set": now.data, **now.settings}
+        saved = {"training set": self.data, **self.settings}
+        given = {"training set": now.data, **now.settings}
         differ = [key for key in {**saved, **given} if saved.get(key) != given.get(key)]
         if differ:
             named = ", ".join(f"{key}={saved.get(key)} (now {given.get(key)})" for key in differ)
@@ -108,70 +118,162 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(self, folder: Path, world: World, *, keep: int, keep_every: int = 0) -> None:
+        """``keep``: newest ones to keep; ``keep_every``: those of multiples of so many steps stay, 0 for none."""
+        self.folder, self.world, self.keep, self.keep_every = folder, world, keep, keep_every
         self.last: Path | None = None
 
     def complete(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        found = [path for path in self.folder.glob("step*") if _STEP.search(path.name)]
-        return sorted(found, key=lambda path: int(_STEP.search(path.name)[1]))  # type: ignore[index]
+        found = [path for path in self.folder.glob("step*") if _STEP.match(path.name)]
+        return sorted(found, key=_step_of)
 
-    def save(self, engine: Any, progress: Progress, ema: nn.Module | None = None) -> Path:
-        """Write one checkpoint; called on every process."""
+    def save(self, engine: Any, progress: Progress, average: dict[str, Tensor] | None = None) -> Path | None:
+        """Write one checkpoint; called on every process -> it, or None where it could not be written."""
         started = time.perf_counter()
         name = f"step{progress.step:08d}"
         draft, final = self.folder / f"{_DRAFT}{name}", self.folder / name
-        if final.exists():
+        if self.world.agree(final.exists()):
             return final
+        if problem := self._first(self._made(draft)):
+            return self._gave_up(draft, problem)
+        written = engine.checkpoint_engine.begin()
         engine.save_checkpoint(str(self.folder), tag=draft.name, save_latest=False)
-        module = engine.module
-        state = {"buffers": dict(module.named_buffers()), "random": _random_state()}
-        torch.save(state, draft / f"rank{self.world.rank}.pt")
+        problem = engine.checkpoint_engine.problem
+        try:
+            state = {"buffers": dict(engine.module.named_buffers()), "random": _random_state()}
+            files = {f"rank{self.world.rank}.pt": state} | ({} if average is None else {"ema.pt": average})
+            for file, content in files.items():
+                if file != "ema.pt" or self.world.is_main:
+                    written[file] = write_hashed(draft / file, content)
+            if self.world.is_main:
+                write_json(draft / "progress.json", asdict(progress))
+                written["progress.json"] = file_digest(draft / "progress.json")
+        except OSError as error:
+            problem = problem or str(error)
+        hashes = self.world.gather(written)
+        if problem := self._first(problem):
+            return self._gave_up(draft, problem)
         if self.world.is_main:
-            if ema is not None:
-                torch.save(ema.state_dict(), draft / "ema.pt")
-            write_json(draft / "progress.json", asdict(progress))
-        self.world.barrier()  # every process has written its part
-        if self.world.is_main:
-            draft.rename(final)
-            write_text(self.folder / "latest", name)
-            for old in self.complete()[: -self.keep]:
-                shutil.rmtree(old)
-        self.world.barrier()  # nobody goes on, or looks for the checkpoint, before it is there
+            try:
+                write_json(draft / HASHES, {file: digest for part in hashes for file, digest in part.items()})
+                draft.rename(final)
+                write_text(self.folder / "latest", name)
+                self._prune()
+            except OSError as error:
+                problem = str(error)
+        if problem := self._first(problem):
+            return self._gave_up(draft, problem)
         self.last = final
         log.info("checkpoint %s (%.1f s)", final, time.perf_counter() - started)
         return final
+
+    def _made(self, draft: Path) -> str:
+        """Make the folder of a draft -> what went wrong, empty if nothing."""
+        try:
+            if self.world.is_main:
+                shutil.rmtree(draft, ignore_errors=True)  # of an attempt that failed
+                draft.mkdir(parents=True)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _first(self, problem: str) -> str:
+        """The first process's problem, on all of them; nobody goes on before every process has said whether it has one."""
+        found = self.world.gather(problem)
+        return next((f"{said} (rank {rank})" for rank, said in enumerate(found) if said), "")
+
+    def _gave_up(self, draft: Path, problem: str) -> Path | None:
+        if self.world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+            kept = f"{self.last} is the last one" if self.last else "there is none yet"
+            log.error("checkpoint %s cannot be written: %s; %s", draft.name.removeprefix(_DRAFT), problem, kept)
+        return None
+
+    def mark_best(self, step: int, value: float) -> None:
+        """Keep the checkpoint of ``step`` if ``value``, of which higher is better, is the best so far; on rank 0."""
+        if (self.folder / f"step{step:08d}").is_dir() and value > self._best().get("value", float("-inf")):
+            write_json(self.folder / "best.json", {"step": step, "value": value})
+
+    def _best(self) -> dict[str, Any]:
+        path = self.folder / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _prune(self) -> None:
+        found = self.complete()
+        kept = {_step_of(path) for path in found[-self.keep :]} | {self._best().get("step")}
+        for path in found:
+            step = _step_of(path)
+            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
+                removed = path.with_name(f"{_REMOVED}{path.name}")  # half removed it must not look whole
+                path.rename(removed)
+                shutil.rmtree(removed)
 
     def check(self, now: Progress) -> None:
         """Refuse to continue the run that is there, if there is one, with settings that make it another."""
         if found := self.complete():
             read_progress(found[-1]).check(now)
 
-    def resume(self, engine: Any, ema: nn.Module | None = None) -> int:
-        """Load the newest checkpoint, if there is one -> the step to continue with (0 for a new run)."""
+    def resume(self, engine: Any, average: Any, now: Progress) -> Progress:
+        """Load the newest checkpoint that is whole -> where it stands; ``now`` where there is none.
+
+        Args:
+            average: has ``load_average(state)``; None where the run keeps none.
+        """
         if self.world.is_main:
-            for draft in self.folder.glob(f"{_DRAFT}*"):
-                shutil.rmtree(draft)
+            for left in (*self.folder.glob(f"{_DRAFT}*"), *self.folder.glob(f"{_REMOVED}*")):
+                shutil.rmtree(left, ignore_errors=True)
         self.world.barrier()
         found = self.complete()
-        if not found:
-            return 0
-        newest = found[-1]
+        while found:
+            newest = found.pop()
+            if wrong := damage(newest, self.world):
+                older = f"{found[-1].name}, the one before it, is used" if found else "there is none before it"
+                log.warning("checkpoint %s is damaged: %s; it is set aside, and %s", newest, wrong, older)
+                self._set_aside(newest)
+                continue
+            return self._load(newest, engine, average, now)
+        if any(self.folder.glob(f"{_DAMAGED}*")):
+            raise ConfigError(
+                f"no checkpoint in {self.folder} is whole: remove that folder, or give another output_dir, to begin anew"
+            )
+        return now
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        if self.world.is_main:
+            aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        self.world.barrier()
+
+    def _load(self, newest: Path, engine: Any, average: Any, now: Progress) -> Progress:
         progress = read_progress(newest)
-        path, _ = engine.load_checkpoint(str(self.folder), tag=newest.name)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed could not load {newest}: remove that folder to use the one before it")
-        state = torch.load(newest / f"rank{self.world.rank}.pt", map_location="cpu", weights_only=True)
+        if progress.layout == now.layout:
+            path, _ = engine.load_checkpoint(str(self.folder), tag=newest.name)
+            if path is None:
+                raise ConfigError(f"DeepSpeed could not load {newest}: remove that folder to use the one before it")
+        else:
+            then, here = Layout(**progress.layout), Layout(**now.layout)
+            log.info("the checkpoint is of %s, this run has %s: it is shared out anew", then, here)
+            from engine import reshape
+
+            reshape.load(engine, newest)
+        own = newest / f"rank{self.world.rank}.pt"
+        state = torch.load(own if own.is_file() else newest / "rank0.pt", map_location="cpu", weights_only=True)
         buffers = dict(engine.module.named_buffers())
         for name, value in state["buffers"].items():
             buffers[name].copy_(value)
         _set_random_state(state["random"])
-        if ema is not None:
-            ema.load_state_dict(torch.load(newest / "ema.pt", map_location="cpu", weights_only=True))
+        if average is not None:
+            average.load_average(torch.load(newest / "ema.pt", map_location="cpu", weights_only=True))
         self.last = newest
         log.info("continuing from %s", newest)
-        return progress.step
+        progress.layout = now.layout
+        return progress
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step"))
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import __version__, ds
+from engine import __version__, ds, faults
 from engine.config import (
     ConfigError,
     check_run,
@@ -21,8 +21,8 @@ from engine.config import (
     settings,
     to_yaml,
 )
+from engine.faults import EXIT_REQUEUE, LostProcessError, NonFiniteLossError, StoppedRunError, UnwrittenError
 from engine.log import setup
-from engine.loop import NonFiniteLossError
 from engine.world import World, join
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Program:
 
 
 def main(program: Program, words: list[str]) -> int:
-    """Do what the command line says -> exit code: 0 done, 1 the run failed, 2 the request was wrong."""
+    """Do what the command line says -> exit code: 0 done, 1 the run failed, 2 the request was wrong, 75 continue it."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         return _main(program, words, rank)
@@ -87,10 +87,17 @@ def main(program: Program, words: list[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: a path may be missing on one of them
             say(f"{f'rank {rank}: ' if rank else ''}error: {' '.join(str(error).split())}", sys.stderr)
         return 2
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, UnwrittenError) as error:
         if rank == 0:
             say(f"error: {error}", sys.stderr)
         return 1
+    except LostProcessError as error:
+        say(f"rank {rank}: error: {error}", sys.stderr)
+        return 1
+    except StoppedRunError as told:
+        if rank == 0:
+            say(str(told), sys.stderr)
+        return EXIT_REQUEUE
 
 
 def _main(program: Program, words: list[str], rank: int) -> int:
@@ -123,6 +130,7 @@ def _main(program: Program, words: list[str], rank: int) -> int:
     if "--dry_run" not in flags:
         make_folder(Path(config.output_dir))
     setup(rank)
+    faults.listen()
     with join(config.threads) as world:
         if hasattr(config, "deepspeed"):
             ds.merge(config, world.size, world.device.type)  # refuses what does not fit before anything is built

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.checkpoint import Layout
 from engine.config import ConfigError
+from engine.safe_files import safe_checkpoint_engine
 from engine.schema import BaseConfig
 from engine.world import World
 
@@ -100,6 +102,14 @@ def stage_of(merged: dict[str, Any]) -> int:
     return int(merged.get("zero_optimization", {}).get("stage", 0))
 
 
+def layout(merged: dict[str, Any], processes: int) -> Layout:
+    """How a DeepSpeed configuration spreads a run over its processes."""
+    dtype = autocast_dtype(merged)
+    offload = "offload_optimizer" in merged.get("zero_optimization", {})
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    return Layout(processes, stage_of(merged), offload, precision, merged["gradient_accumulation_steps"])
+
+
 def _half_precision(merged: dict[str, Any]) -> bool:
     autocast = merged.get("torch_autocast", {})
     return bool(autocast.get("enabled")) and autocast.get("dtype") == "float16"
@@ -115,8 +125,18 @@ def initialize(method: nn.Module, optimizer: torch.optim.Optimizer, merged: dict
     """The DeepSpeed engine around ``method``; loads and saves go through :class:`SafeCheckpointEngine`."""
     import deepspeed
 
-    from engine.checkpoint import safe_checkpoint_engine
-
     engine, *_ = deepspeed.initialize(model=method.to(world.device), optimizer=optimizer, config=merged)
     engine.checkpoint_engine = safe_checkpoint_engine(engine)
+    # DeepSpeed puts a script beside its files that unpickles them unsafely; models.interop reads them.
+    engine._copy_recovery_script = lambda *_: None
     return engine
+
+
+def leave_out_step(engine: Any) -> None:
+    """``engine.step()`` at ZeRO-0 that changes no weight and no moment, and forgets the gradients."""
+    for parameter in engine.module.parameters():
+        parameter.grad = None  # which every optimiser of torch and timm passes over
+    clip = engine._config.gradient_clipping
+    engine._config.gradient_clipping = 0.0  # DeepSpeed cannot clip nothing
+    engine.step()
+    engine._config.gradient_clipping = clip

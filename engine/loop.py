@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from engine import ds
+from engine import ds, faults, slurm
 from engine.checkpoint import Checkpoints, Progress
-from engine.config import to_yaml
+from engine.config import ConfigError, to_yaml
+from engine.faults import NonFiniteLossError, UnwrittenError
 from engine.files import write_json, write_text
+from engine.lock import lock
 from engine.log import RunLog, progress
 from engine.optim import build_optimizer, param_groups, set_step
 from engine.report import save_picture, write_report
 from engine.schedule import Plan
 from engine.schema import BaseConfig
+from engine.watchdog import Watchdog
+from engine.whole import Gathered, Statistics, Whole
 from engine.world import World, seed_step, to_device
 
 log = logging.getLogger(__name__)
@@ -52,10 +55,6 @@ class Hooks:
     evaluate: Callable[[Any], dict[str, float]] | None = None
     pictures: Callable[[Any], dict[str, Tensor]] | None = None
     export: Callable[[Any, Path], None] | None = None
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass
@@ -93,38 +92,93 @@ class _Run:
                 *(config.optim.lr, config.optim.lr_batch, config.train.batch_size),
                 config.optim.lr * config.train.batch_size / config.optim.lr_batch,
             )
-        self.progress = Progress.start(config, world.size, fingerprint)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", world, config.train.keep_checkpoints)
+        self.progress = Progress.start(config, ds.layout(merged, world.size), fingerprint)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            world,
+            keep=config.train.keep_checkpoints,
+            keep_every=config.train.keep_every,
+        )
+        self.lock = lock(self.folder, world)
         self.checkpoints.check(self.progress)  # before anything of the run that is there is touched
         self.optimizer = build_optimizer(param_groups(method, config.optim), config.optim)
         _prepare_folder(self.folder, config, merged, world)
+        self.whole = (Gathered if self.stage == 3 else Whole)(method, config.train.ema_decay, world)
         self.engine = ds.initialize(method, self.optimizer, merged, world)
-        self.ema = ModelEmaV3(method, decay=config.train.ema_decay) if config.train.ema_decay else None
+        self.whole.begin()
         self.results: dict[str, float] = {}
+        self.bad_steps = 0
+        """Steps in a row that were left out."""
+        self.wrong = ""
+        """What was not finite in the last step, in words; empty if nothing."""
 
     def fit(self) -> Summary:
         plan, started = self.plan, time.perf_counter()
-        first = self.checkpoints.resume(self.engine, self.ema and self.ema.module)
-        self.run_log = RunLog(self.folder, self.world, first)
-        self.saved_at = time.monotonic()
+        self.watchdog = Watchdog(self.world, 60 * self.train.timeout_minutes)
+        bar = progress(None, self.world, self.config.recipe, total=plan.steps, unit="step")
+        step, batches = self._resume(bar)
+        first = step
         if first == 0:
             self._pictures(0)
-        bar = progress(None, self.world, self.config.recipe, total=plan.steps, initial=first, unit="step")
-        batches = self._batches(first)
         try:
-            for step in range(first, plan.steps):
-                values = self._step(step, batches)
-                bar.update()
-                bar.set_postfix({key: f"{values[key]:.4g}" for key in ("loss", "images_per_second")}, refresh=False)
-                self._after_step(step + 1, values)
-            if first == plan.steps:
-                log.info("%s has finished its %d steps already", self.folder, plan.steps)
-                self._export()
-                self._evaluate(first)
+            with faults.naming_lost_processes(lambda: self.checkpoints.last):
+                while step < plan.steps:
+                    values = self._step(step, batches)
+                    if self.bad_steps > self.train.max_skipped:
+                        step, batches = self._roll_back(step, bar)
+                        continue
+                    step += 1
+                    bar.update()
+                    bar.set_postfix({key: f"{values[key]:.4g}" for key in ("loss", "images_per_second")}, refresh=False)
+                    self._after_step(step, values)
+                if first == plan.steps:
+                    log.info("%s has finished its %d steps already", self.folder, plan.steps)
+                    self._export()
+                    self._evaluate(first)
         finally:
             bar.close()
             self.run_log.close()
+            self.watchdog.close()
+            self.lock.release()
         return Summary(plan.steps, time.perf_counter() - started, self.results)
+
+    def _resume(self, bar: Any) -> tuple[int, Iterator[dict[str, Tensor]]]:
+        """Continue from the newest checkpoint, or begin -> steps done, and the batches that follow."""
+        self.watchdog.beat(0, "loading a checkpoint")
+        keeps_average = self.whole if self.train.ema_decay else None
+        self.progress = self.checkpoints.resume(self.engine, keeps_average, self.progress)
+        step = self.progress.step
+        self.run_log = RunLog(self.folder, self.world, step)
+        self.saved_at = time.monotonic()
+        self.statistics = Statistics(self.engine.module)
+        bar.n = bar.initial = step
+        return step, self._batches(step)
+
+    def _roll_back(self, step: int, bar: Any) -> tuple[int, Iterator[dict[str, Tensor]]]:
+        """Too many steps in a row were left out: go back to the last checkpoint with a lower rate, or stop."""
+        done = self.progress.rollbacks
+        last = self.checkpoints.last
+        told = f"{self.wrong} at step {step + 1}, the last of {self.bad_steps} such steps in a row (train.max_skipped={self.train.max_skipped})"
+        if self.train.nonfinite == "stop" or last is None or done == self.train.max_rollbacks:
+            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            tried = f" after {done} rollbacks" if done else ""
+            raise NonFiniteLossError(
+                f"{told}{tried}; {good}. "
+                "Try a lower optim.lr, optim.clip_grad=1, a *_fp32 configuration, or train.nonfinite=rollback"
+            )
+        self.run_log.close()
+        skipped = self.progress.skipped
+        step, batches = self._resume(bar)
+        self.progress.rollbacks, self.progress.skipped = done + 1, skipped
+        self.bad_steps = 0
+        log.warning(
+            "%s: back to %s, with %g times the learning rate",
+            told,
+            last,
+            self.train.rollback_lr**self.progress.rollbacks,
+        )
+        self.run_log.write(step, {"rollbacks": self.progress.rollbacks}, event="rollback")
+        return step, batches
 
     def _batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """Micro batches from ``first_step`` on, epoch after epoch, in the order a run without a break has."""
@@ -136,40 +190,85 @@ class _Run:
             epoch, step = epoch + 1, 0
 
     def _step(self, step: int, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimiser step (0-based) -> what the method returned, on average over the accumulated parts."""
+        """One optimiser step (0-based) -> what the method returned, on average over the accumulated parts.
+
+        A step whose loss or gradients are not finite on any process is left out on all of them, and counted.
+        """
         started = time.perf_counter()
-        parts = self.train.accumulation
-        set_step(self.optimizer, self.plan.lr[step], self.plan.weight_decay[step])
+        parts, beat = self.train.accumulation, self.watchdog.beat
+        rate = self.train.rollback_lr**self.progress.rollbacks
+        set_step(self.optimizer, rate * self.plan.lr[step], self.plan.weight_decay[step])
         if hook := getattr(self.engine.module, "before_step", None):
             hook(step, self.plan.steps)
         total: dict[str, float] = {}
-        grad_norm = None
         for part in range(parts):
+            beat(step + 1, "waiting for data")
             batch = to_device(next(batches), self.world.device)
             seed_step(self.config.seed, step * parts + part, self.world.rank)
+            beat(step + 1, "in the forward pass")
             output = self.engine(batch)
-            self._check_finite(step, "loss", output["loss"].item())
+            beat(step + 1, "in the backward pass")
             self.engine.backward(output["loss"])
-            if part == parts - 1 and self._is_logged(step + 1):
-                grad_norm = self._grad_norm()
-            self.engine.step()
-            # ZeRO leaves such a step out without a word; only a loss scaler, which fp16 has, expects that.
-            if self.autocast is not torch.float16 and getattr(self.engine.optimizer, "overflow", False):
-                self._check_finite(step, "gradient", math.nan)
+            if part < parts - 1:
+                self.engine.step()
             for key, value in output.items():
                 total[key] = total.get(key, 0.0) + float(value.detach()) / parts
-        if self.ema is not None:
-            self.ema.update(self.engine.module)
+        beat(step + 1, "agreeing on the step")
+        grad_norm = self._grad_norm()
+        self._agree(step + 1, total["loss"], grad_norm)
+        beat(step + 1, "in the optimiser step")
+        if self.wrong and not self.stage and self.autocast is not torch.float16:
+            ds.leave_out_step(self.engine)
+        else:
+            self.engine.step()
         if self.stage:
             grad_norm = self.engine.get_global_grad_norm()
+            # ZeRO leaves such a step out by itself; a loss scaler, which fp16 has, expects that now and then.
+            if (
+                self.autocast is not torch.float16
+                and getattr(self.engine.optimizer, "overflow", False)
+                and not self.wrong
+            ):
+                self.wrong = "the gradient is not finite"
+        if self.wrong:
+            self.bad_steps += 1
+            self.progress.skipped += 1
+            self.statistics.restore()
+            log.warning("%s at step %d: the step is left out", self.wrong, step + 1)
+            self.run_log.write(step + 1, {"skipped_steps": self.progress.skipped}, event="skip")
+        else:
+            self.bad_steps = 0
+            self.statistics.keep()
+            self.whole.update()
         images = self.train.batch_size / (time.perf_counter() - started)
         return total | ({} if grad_norm is None else {"grad_norm": float(grad_norm)}) | {"images_per_second": images}
 
     def _grad_norm(self) -> Tensor | None:
-        """Norm of the gradients before clipping. ZeRO computes its own."""
-        if self.stage:
+        """Norm of the gradients before clipping, the same on every process. ZeRO computes its own."""
+        if self.stage or self.autocast is torch.float16:  # scaled there, and watched by the scaler
             return None
         return nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+
+    def _agree(self, step: int, loss: float, grad_norm: Tensor | None) -> None:
+        """Tell each other, once per step, what all must act upon: values that are not finite, signals, the clock."""
+        bad_loss = not math.isfinite(loss)
+        bad_gradient = grad_norm is not None and not bool(torch.isfinite(grad_norm))
+        minutes = self.train.save_minutes
+        due = self.world.is_main and bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
+        signals = faults.received()
+        told = [bad_loss, bad_gradient, faults.STOP in signals, faults.REQUEUE in signals, due]
+        losses, gradients, stop, requeue, time_to_save = (
+            bool(found)
+            for found in (self.world.sum([float(one) for one in told]).tolist() if self.world.size > 1 else told)
+        )
+        self.stopped_by = faults.REQUEUE if requeue else faults.STOP if stop else 0
+        self.time_to_save = time_to_save
+        self.wrong = ""
+        if losses:
+            ranks = ", ".join(str(rank) for rank, found in enumerate(self.world.gather(bad_loss)) if found)
+            self.wrong = f"the loss is not finite on rank {ranks}"
+        elif gradients:
+            self.wrong = "the gradient is not finite"
 
     def _is_logged(self, step: int) -> bool:
         return step % self.train.log_steps == 0 or step in (1, self.plan.steps)
@@ -178,38 +277,71 @@ class _Run:
         """Log, save, evaluate and draw, each at its own interval; ``step`` steps are done."""
         plan, train = self.plan, self.train
         last = step == plan.steps
-        if self._is_logged(step):
+        if self._is_logged(step) and not self.wrong:
             shared = self.world.mean(values) | {
                 "epoch": round(step / plan.steps_per_epoch, 4),
-                "lr": float(plan.lr[step - 1]),
+                "lr": float(plan.lr[step - 1]) * train.rollback_lr**self.progress.rollbacks,
                 "weight_decay": float(plan.weight_decay[step - 1]),
                 "broken_images": self._count_broken(),
+                "skipped_steps": self.progress.skipped,
             }
             self.run_log.write(step, shared)
         # Saved before it is evaluated or drawn: nothing already computed is lost to an error in either.
         due = bool(train.save_steps) and step % train.save_steps == 0
-        due |= self._ends_epochs(step, train.save_epochs) or last
-        if train.save_minutes:
-            due |= self.world.agree(time.monotonic() - self.saved_at >= 60 * train.save_minutes)
-        if due:
-            # A finite loss may have had a gradient that is not: such weights must not replace a good checkpoint.
-            norm = nn.utils.get_total_norm([p.detach() for p in self.engine.module.parameters()])
-            self._check_finite(step - 1, "norm of the weights", norm.item())
-            self.progress.step = step
-            self.checkpoints.save(self.engine, self.progress, self.ema and self.ema.module)
-            self.saved_at = time.monotonic()
-            self._export()
+        due |= self._ends_epochs(step, train.save_epochs) or last or self.time_to_save
+        if due or self.stopped_by:
+            self._save(step, last)
+        if self.stopped_by and not last:
+            self._leave(step)
         if last or self._ends_epochs(step, train.eval_epochs):
             self._evaluate(step)
+            if train.keep_best and self.world.is_main:
+                self.checkpoints.mark_best(step, self._judged())
         if last or self._ends_epochs(step, train.picture_epochs):
             self._pictures(step)
 
+    def _save(self, step: int, last: bool) -> None:
+        if self.bad_steps and not last and not self.stopped_by:
+            return  # a rollback must not come back to the edge of what it flees
+        self.watchdog.beat(step, "writing a checkpoint")
+        # A finite loss may have had a gradient that is not: such weights must not replace a good checkpoint.
+        if not math.isfinite(self.whole.squared_norm().item()):
+            good = self.checkpoints.last
+            raise NonFiniteLossError(
+                f"the norm of the weights is not finite at step {step}; the last good checkpoint is {good or 'not there yet'}"
+            )
+        self.progress.step = step
+        saved = self.checkpoints.save(self.engine, self.progress, self.whole.average_state())
+        self.saved_at = time.monotonic()
+        if saved is None and (last or self.stopped_by):
+            raise UnwrittenError(
+                f"the checkpoint of step {step} could not be written (the log says why): make room and give the same command "
+                f"again; it continues from {self.checkpoints.last or 'the start'}"
+            )
+        self._export()
+
+    def _leave(self, step: int) -> None:
+        """End the run after a signal; a checkpoint has been written."""
+        requeued = self.stopped_by == faults.REQUEUE and self.world.agree(self.world.is_main and slurm.requeue())
+        if requeued:
+            log.info("step %d: the job is queued again, and continues from %s", step, self.checkpoints.last)
+            time.sleep(60)  # Slurm ends the job now; an exit code of ours would be taken for a failure
+        raise faults.StoppedRunError(
+            f"stopped by a signal after step {step}; the same command continues from {self.checkpoints.last}"
+        )
+
+    def _judged(self) -> float:
+        """The value that decides which checkpoint is the best; higher is better."""
+        name = self.train.keep_best.removeprefix("-")
+        if name not in self.results:
+            raise ConfigError(
+                f"train.keep_best={self.train.keep_best}: no such value is evaluated; there are "
+                f"{', '.join(self.results) or 'none'}"
+            )
+        return -self.results[name] if self.train.keep_best.startswith("-") else self.results[name]
+
     def _ends_epochs(self, step: int, epochs: int) -> bool:
         return bool(epochs) and step % (epochs * self.plan.steps_per_epoch) == 0
-
-    def _kept(self) -> nn.Module:
-        """The weights that are evaluated and exported: the moving average where there is one."""
-        return self.ema.module if self.ema is not None else self.engine.module
 
     def _forward_only(self, model: nn.Module, work: Callable[[nn.Module], Any]) -> Any:
         """Run ``work`` on the model in evaluation mode, in the run's precision, without disturbing the training."""
@@ -224,35 +356,25 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         if self.hooks.evaluate is None:
             return
-        self.results = self._forward_only(self._kept(), self.hooks.evaluate)
-        if self.ema is not None:
-            raw = self._forward_only(self.engine.module, self.hooks.evaluate)
-            self.results |= {f"{key}_without_ema": value for key, value in raw.items()}
+        with self.watchdog.during(step, "evaluating"):
+            with self.whole.kept() as model:
+                self.results = self._forward_only(model, self.hooks.evaluate)
+            if self.train.ema_decay:
+                with self.whole.weights() as model:
+                    raw = self._forward_only(model, self.hooks.evaluate)
+                self.results |= {f"{key}_without_ema": value for key, value in raw.items()}
         log.info("step %d: %s", step, ", ".join(f"{key} {value:.4g}" for key, value in self.results.items()))
         self.run_log.write(step, self.results, event="evaluate")
 
     def _pictures(self, step: int) -> None:
         if self.hooks.pictures is None or not self.train.picture_epochs:
             return
-        if self.world.is_main:
-            for name, image in self._forward_only(self._kept(), self.hooks.pictures).items():
-                save_picture(image, self.folder / "pictures" / f"{name}_step{step:08d}.png")
-            write_report(self.folder)
-        self.world.barrier()
-
-    def _check_finite(self, step: int, what: str, value: float) -> None:
-        """Stop every process where ``value`` is not finite on one of them; ``step`` is 0-based."""
-        wrong = not math.isfinite(value)
-        # Agreed upon, so that nobody waits for a process that has left.
-        if not (self.world.sum([wrong]).item() if self.world.size > 1 else wrong):
-            return
-        ranks = ", ".join(str(rank) for rank, found in enumerate(self.world.gather(wrong)) if found)
-        last = self.checkpoints.last
-        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise NonFiniteLossError(
-            f"the {what} is not finite at step {step + 1} on rank {ranks}; {good}. "
-            "Try a lower optim.lr, optim.clip_grad=1, or a *_fp32 configuration"
-        )
+        with self.watchdog.during(step, "drawing pictures"), self.whole.kept() as model:
+            if self.world.is_main:
+                for name, image in self._forward_only(model, self.hooks.pictures).items():
+                    save_picture(image, self.folder / "pictures" / f"{name}_step{step:08d}.png")
+                write_report(self.folder)
+            self.world.barrier()
 
     def _count_broken(self) -> int:
         """Broken files that any process has met so far; rank 0 names those of the others."""
@@ -263,8 +385,10 @@ class _Run:
         return len(everywhere)
 
     def _export(self) -> None:
-        if self.hooks.export and self.world.is_main:
-            self.hooks.export(self._kept(), self.folder)
+        if self.hooks.export:
+            with self.whole.kept() as model:
+                if self.world.is_main:
+                    self.hooks.export(model, self.folder)
 
 
 def dry_run(method: nn.Module, loader: Loader, config: BaseConfig, world: World) -> dict[str, float]:

@@ -130,6 +130,23 @@ class TrainConfig:
     save_steps: int = option(0, "steps between checkpoints; 0: never by steps", ge=0)
     save_minutes: float = option(0.0, "minutes between checkpoints; 0: never by time", ge=0)
     keep_checkpoints: int = option(2, "newest checkpoints kept", ge=1)
+    keep_every: int = option(0, "checkpoints of every so many steps are kept as well; 0: none", ge=0)
+    keep_best: str = option(
+        "", "an evaluated value whose best checkpoint is kept as well: top1 (the higher the better), -loss (the lower)"
+    )
+    max_skipped: int = option(
+        3, "steps in a row that are left out because loss or gradients are not finite, before nonfinite acts", ge=0
+    )
+    nonfinite: str = option(
+        "stop",
+        "stop; or rollback: to the last checkpoint, with the rate times rollback_lr",
+        choices=("stop", "rollback"),
+    )
+    rollback_lr: float = option(0.5, "factor of the learning rate at each rollback", gt=0, le=1)
+    max_rollbacks: int = option(3, "rollbacks after which the run stops", ge=1)
+    timeout_minutes: float = option(
+        30.0, "a process that does not get on for so long is named and ended; 0: never", ge=0
+    )
     picture_epochs: int = option(10, "epochs between pictures (also at start and end); 0: none", ge=0)
     eval_epochs: int = option(1, "epochs between evaluations (and at the end); 0: only at the end", ge=0)
 

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine import slurm
 from engine.config import ConfigError
+from engine.faults import StoppedRunError
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -77,6 +80,7 @@ def join(threads: int = 0) -> Iterator[World]:
     if dist.is_initialized():
         yield _here()
         return
+    slurm.environment()
     if "RANK" not in os.environ:
         # A lone process: without these DeepSpeed would look for MPI.
         with socket.socket() as free:
@@ -99,8 +103,13 @@ def join(threads: int = 0) -> Iterator[World]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Nothing here uses DeepSpeed's C++ operators; left alone it compiles them for a minute at the first start.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-    yield _here()
+    # Longer than the watchdog's patience: it names who is missing, the network library does not.
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(hours=2))
+    try:
+        yield _here()
+    except StoppedRunError:  # which all processes agreed upon
+        dist.destroy_process_group()
+        raise
     # Not after an error: taking leave waits for the others, who wait in the middle of a step.
     dist.destroy_process_group()
 

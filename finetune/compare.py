@@ -22,9 +22,9 @@ from data.sources import ImageIndex
 from engine import cli, ds
 from engine.checkpoint import Progress
 from engine.config import ConfigError, user_errors
+from engine.faults import NonFiniteLossError
 from engine.files import write_json
 from engine.log import setup
-from engine.loop import NonFiniteLossError
 from engine.world import World, join
 from finetune import compare_report, heads, sets
 from finetune.comparison import KEPT, WORDS, Request, Run, make_runs, read_request, root_of

@@ -13,7 +13,7 @@ import torch
 
 from engine import __version__, cli
 from engine.config import ConfigError, fill_in, load, read_recipe
-from engine.loop import NonFiniteLossError
+from engine.faults import NonFiniteLossError
 from engine.schema import BaseConfig, option
 from engine.world import World
 from finetune.__main__ import PROGRAM as FINETUNE
@@ -165,7 +165,7 @@ def test_dry_run_reports(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture
         (["small", "data.path=.", "method=other"], "method belongs to the recipe (toy)"),
         (["small", "data.path=.", "power=13"], "power=13 brings bad luck"),
         (["small", "data.path=.", "deepspeed=zero9"], "deepspeed=zero9: no such file"),
-        (["small", "data.path=.", "deepspeed=zero3_fp32"], "deepspeed=zero3_fp32: ZeRO 2, 3"),
+        (["small", "data.path=.", "deepspeed=zero3_fp16"], "deepspeed=zero3_fp16: a CPU has no fp16"),
         (["large", "data.path=."], "give exactly one of optim.lr or optim.base_lr, got none"),
     ],
 )
@@ -251,7 +251,7 @@ def test_the_programs_refuse_in_one_line() -> None:
             "train.batch_size=2 does not split",
         ),
         (FINETUNE, ["vit_small", "data.path=."], "data.val_path is required"),
-        (FINETUNE, ["vit_small", "data.path=.", "data.val_path=.", "deepspeed=zero2_fp32"], "ZeRO 2, 3"),
+        (FINETUNE, ["vit_small", "data.path=.", "data.val_path=.", "deepspeed=zero2_fp16"], "a CPU has no fp16"),
         (FINETUNE, ["knn", "data.path=.", "data.val_path=.", "knn.k=[]"], "knn.k is empty"),
     ],
 )

@@ -15,8 +15,8 @@ import pytest
 from data.digits import write_digits
 from engine import cli
 from engine.config import check_run
+from engine.faults import NonFiniteLossError
 from engine.log import read_log
-from engine.loop import NonFiniteLossError
 from engine.world import World
 from finetune import classify, compare, compare_report, sets
 from finetune.__main__ import PROGRAM

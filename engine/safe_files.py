@@ -1,0 +1,120 @@
+"""Checkpoint files: hashed while they are written, checked before they are read, and read without running anything."""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.files import file_digest
+from engine.world import World
+
+HASHES = "hashes.json"
+
+
+class _HashingFile:
+    """What ``torch.save`` writes to: a file, and the sha256 of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._sha256 = hashlib.sha256()
+        self.problem: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self._sha256.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:  # torch tells it as something else
+            self.problem = self.problem or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> str:
+        """Bring everything to the disk -> the digest, in hexadecimal."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            self.problem = self.problem or error
+
+
+def write_hashed(path: Path, content: Any) -> str:
+    """``torch.save(content, path)`` -> sha256 of the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = _HashingFile(path)
+    try:
+        torch.save(content, file)  # type: ignore[arg-type]
+        return file.finish()
+    except RuntimeError as error:
+        raise (file.problem or error) from None
+    finally:
+        file.close()
+
+
+def damage(folder: Path, world: World) -> str:
+    """What is wrong with a checkpoint, empty if nothing: every file has the sha256 of ``hashes.json``.
+
+    Every process reads its share of the files, and all of them get the same answer.
+    """
+    try:
+        hashes: dict[str, str] = json.loads((folder / HASHES).read_text())
+        wrong = ""
+    except (OSError, ValueError) as error:
+        hashes, wrong = {}, f"{HASHES} cannot be read ({error})"
+    for name in sorted(hashes)[world.rank :: world.size]:
+        try:
+            if file_digest(folder / name) != hashes[name]:
+                wrong = f"{name} is not as it was written ({(folder / name).stat().st_size} bytes)"
+        except OSError as error:
+            wrong = f"{name} cannot be read ({error.strerror})"
+        if wrong:
+            break
+    return next((said for said in world.gather(wrong) if said), "")
+
+
+def safe_checkpoint_engine(engine: Any) -> Any:
+    """DeepSpeed's checkpoint files, hashed and read without executing what a pickle asks for.
+
+    DeepSpeed loads with ``weights_only=False``; here only its own three classes and argparse's Namespace are known.
+    A file that cannot be written is noted in ``problem`` and told later: raised at once, it would leave the other
+    processes waiting for this one.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, argparse.Namespace]
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):
+        written: dict[str, str]
+        problem: str
+
+        def begin(self) -> dict[str, str]:
+            """Forget what was written so far -> sha256 by name of what will be."""
+            self.written, self.problem = {}, ""
+            return self.written
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                self.written[Path(path).name] = write_hashed(Path(path), state_dict)
+            except OSError as error:
+                self.problem = self.problem or str(error)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(known):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return SafeCheckpointEngine(engine._config)

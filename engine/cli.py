@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import __version__, ds, faults
+from engine import __version__, ds, faults, slurm
 from engine.config import (
     ConfigError,
     check_run,
@@ -80,8 +80,10 @@ class Program:
 
 def main(program: Program, words: list[str]) -> int:
     """Do what the command line says -> exit code: 0 done, 1 the run failed, 2 the request was wrong, 75 continue it."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
     try:
+        slurm.environment()
+        rank = int(os.environ.get("RANK", "0"))
         return _main(program, words, rank)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: a path may be missing on one of them

@@ -13,6 +13,9 @@ from engine.world import World
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 30.0
+"""Seconds that a run waits for the one before it in its folder to end, as a cluster gives to jobs that it stops."""
+
 
 class FolderLock:
     """Nobody else writes into a run folder while this process lives.
@@ -20,7 +23,7 @@ class FolderLock:
     The kernel lets go of it when the process ends, however it ends.
     """
 
-    def __init__(self, folder: Path, patience: float = 30) -> None:
+    def __init__(self, folder: Path, patience: float) -> None:
         """Take the lock of ``folder``, waiting ``patience`` seconds for a process that is about to end.
 
         Raises:
@@ -65,13 +68,13 @@ class FolderLock:
             self._file.close()
 
 
-def lock(folder: Path, world: World, patience: float = 30) -> FolderLock:
+def lock(folder: Path, world: World) -> FolderLock:
     """The lock of a run folder, taken by rank 0; refused on every process where it is not to be had."""
     folder.mkdir(parents=True, exist_ok=True)
     found, problem = None, ""
     if world.is_main:
         try:
-            found = FolderLock(folder, patience)
+            found = FolderLock(folder, PATIENCE)
         except ConfigError as error:
             problem = str(error)
     if problem := next((said for said in world.gather(problem) if said), ""):

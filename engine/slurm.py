@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 
 from engine.config import ConfigError
@@ -17,13 +18,16 @@ def environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in a process that srun started as one of several.
 
     Does nothing where a launcher has set RANK (torchrun and deepspeed inside a job), outside of Slurm, and for a lone
-    process in a batch script or in the shell of ``salloc`` or ``srun --pty``: the first two have SLURM_PROCID and
-    SLURM_NTASKS of the job, but no step, and a shell is the one task of its step. A MASTER_ADDR or MASTER_PORT that is
-    set already stays.
+    process in a batch script or a shell of ``salloc`` or ``srun --pty``: a batch script has the SLURM_PROCID and
+    SLURM_NTASKS of its job, but is no step, and a shell is the one task of its own. A MASTER_ADDR or MASTER_PORT that
+    is set already stays.
+
+    Signals that run/slurm/hold_signals.py has held back until somebody listens are let through.
 
     Raises:
         ConfigError: the variables contradict each other, or there are fewer GPUs on this node than processes.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
     env = os.environ
     if "RANK" in env or not _is_task(env.get("SLURM_STEP_NUM_TASKS"), env.get("SLURM_NTASKS"), env.get("SLURM_PROCID")):
         return

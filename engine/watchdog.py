@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,10 @@ class Watchdog:
         wait = min(wait, _ANSWER)
 
         def talk() -> None:
+            with suppress(RuntimeError):  # the process that keeps the store has gone: told by who waits for it
+                ask()
+
+        def ask() -> None:
             self._store.set(f"palimpsest_beat_{self._world.rank}", json.dumps(self._mine().__dict__))
             if wait:
                 time.sleep(wait)  # those that live have written theirs by now
@@ -142,4 +146,5 @@ class Watchdog:
         sys.stderr.write(f"error: {line}\n")
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
+        time.sleep(min(self._timeout / 5, _ANSWER))  # the others, who are late by now, ask what this one was doing
         os._exit(EXIT_HUNG)

@@ -52,6 +52,7 @@ class Place:
         return [str(self.folder / "faulty.yaml"), f"output_dir={self.output}", *settings]
 
     def __call__(self, *settings: str, processes: int = 2) -> list[int | None]:
+        """Exit codes of a run."""
         self.before, self.began = len(self.losses()), time.time()
         return wait(faulty.start(self.words(*settings), self.folder / "log", processes))
 

@@ -163,24 +163,36 @@ def _parts(
     return {name: round(seconds, 4) for name, seconds in named.items()}
 
 
+def prepared(words: list[str], folder: Path) -> list[str]:
+    """``RECIPE key=value ...`` with images and a tokenizer where none are given."""
+    given = {word.partition("=")[0] for word in words[1:]}
+    words = [words[0], "data.workers=0", f"output_dir={folder}/unused", *words[1:]]
+    if "data.path" not in given:
+        write_digits(folder / "digits")
+        words.append(f"data.path={folder}/digits/train")
+    config = read_config(PROGRAM, words[0], words[1:])
+    if config.method == "cim" and not config.cim.tokenizer and config.cim.corruption == "generator":
+        words.append(f"cim.tokenizer={folder}/tokenizer.safetensors")
+        save_tokenizer(DVAE(in_chans=config.data.in_chans), f"{folder}/tokenizer.safetensors")
+    return words
+
+
+def settled(words: list[str]) -> Any:
+    """The configuration that ``RECIPE key=value ...`` asks for, checked."""
+    config = read_config(PROGRAM, words[0], words[1:])
+    check_run(config)
+    check(config)
+    return config
+
+
 def main(words: list[str]) -> int:
     """Print one JSON object -> exit code."""
     if not words or words[0].startswith("-"):
         sys.stderr.write("usage: python -m benchmarks.step RECIPE [key=value ...]\n")
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        given = {word.partition("=")[0] for word in words[1:]}
-        settings = ["data.workers=0", f"output_dir={folder}/unused", *words[1:]]
-        if "data.path" not in given:
-            write_digits(Path(folder) / "digits")
-            settings.append(f"data.path={folder}/digits/train")
         try:
-            config = read_config(PROGRAM, words[0], settings)
-            if config.method == "cim" and not config.cim.tokenizer and config.cim.corruption == "generator":
-                config.cim.tokenizer = f"{folder}/tokenizer.safetensors"
-                save_tokenizer(DVAE(in_chans=config.data.in_chans), config.cim.tokenizer)
-            check_run(config)
-            check(config)
+            config = settled(prepared(words, Path(folder)))
             with join(config.threads) as world:
                 result = bench(config, world)
         except ConfigError as error:

@@ -66,6 +66,7 @@ def test_two_thousand_steps_with_three_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(7200)
 def test_a_hundred_thousand_steps_with_twenty_kills(tmp_path: Path) -> None:
     """About 20 minutes on one core."""
     compare(tmp_path, STEPS, KILLS, EVERY)

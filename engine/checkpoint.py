@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError, getattr_path, settings
+from engine import reshape
+from engine.config import ConfigError, getattr_path, settings, user_errors
 from engine.files import file_digest, write_json, write_text
 from engine.safe_files import HASHES, damage, write_hashed
 from engine.world import World
@@ -138,10 +139,17 @@ class Checkpoints:
         if problem := self._first(self._made(draft)):
             return self._gave_up(draft, problem)
         written = engine.checkpoint_engine.begin()
-        engine.save_checkpoint(str(self.folder), tag=draft.name, save_latest=False)
+        # DeepSpeed writes down neither whose parameters a group holds at ZeRO-0, nor autocast's loss scaler.
+        names = {reshape.GROUP_NAMES: reshape.group_names(engine)}
+        engine.save_checkpoint(str(self.folder), tag=draft.name, client_state=names, save_latest=False)
         problem = engine.checkpoint_engine.problem
         try:
-            state = {"buffers": dict(engine.module.named_buffers()), "random": _random_state()}
+            scaler = reshape.grad_scaler(engine)
+            state = {
+                "buffers": dict(engine.module.named_buffers()),
+                "random": _random_state(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
             files = {f"rank{self.world.rank}.pt": state} | ({} if average is None else {"ema.pt": average})
             for file, content in files.items():
                 if file != "ema.pt" or self.world.is_main:
@@ -255,15 +263,16 @@ class Checkpoints:
         else:
             then, here = Layout(**progress.layout), Layout(**now.layout)
             log.info("the checkpoint is of %s, this run has %s: it is shared out anew", then, here)
-            from engine import reshape
-
-            reshape.load(engine, newest)
+            with user_errors():
+                reshape.load(engine, newest)
         own = newest / f"rank{self.world.rank}.pt"
         state = torch.load(own if own.is_file() else newest / "rank0.pt", map_location="cpu", weights_only=True)
         buffers = dict(engine.module.named_buffers())
         for name, value in state["buffers"].items():
             buffers[name].copy_(value)
         _set_random_state(state["random"])
+        if (scaler := reshape.grad_scaler(engine)) is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         if average is not None:
             average.load_average(torch.load(newest / "ema.pt", map_location="cpu", weights_only=True))
         self.last = newest

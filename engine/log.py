@@ -14,6 +14,8 @@ from tqdm import tqdm
 from engine.files import write_text
 from engine.world import World
 
+log = logging.getLogger(__name__)
+
 
 class _TqdmHandler(logging.Handler):
     """Log lines above the progress bar instead of through it."""
@@ -74,8 +76,11 @@ class RunLog:
         if self._file is None or self._events is None:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk: what is buffered is written with the next line
+            log.error("log.jsonl cannot be written: %s", error)
         for key, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{event}/{key}", value, step)
@@ -84,7 +89,10 @@ class RunLog:
     def close(self) -> None:
         """Finish both files."""
         if self._file is not None and self._events is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                log.error("the last lines of log.jsonl cannot be written: %s", error)
             self._events.close()
 
 

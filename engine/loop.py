@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine import ds, faults, slurm
@@ -83,6 +84,8 @@ class _Run:
     ) -> None:
         self.config, self.train, self.world, self.hooks, self.loader = config, config.train, world, hooks, loader
         self.folder = Path(config.output_dir)
+        if config.train.keep_best and hooks.evaluate is None:
+            raise ConfigError(f"train.keep_best={config.train.keep_best}: this run evaluates nothing; remove it")
         merged = ds.merge(config, world.size, world.device.type)
         self.stage, self.autocast = ds.stage_of(merged), ds.autocast_dtype(merged)
         self.plan = Plan.make(config.optim, config.train, len(loader))
@@ -295,8 +298,10 @@ class _Run:
             self._leave(step)
         if last or self._ends_epochs(step, train.eval_epochs):
             self._evaluate(step)
-            if train.keep_best and self.world.is_main:
-                self.checkpoints.mark_best(step, self._judged())
+            if train.keep_best:
+                value = self._judged()
+                if self.world.is_main:
+                    self.checkpoints.mark_best(step, value)
         if last or self._ends_epochs(step, train.picture_epochs):
             self._pictures(step)
 
@@ -313,12 +318,13 @@ class _Run:
         self.progress.step = step
         saved = self.checkpoints.save(self.engine, self.progress, self.whole.average_state())
         self.saved_at = time.monotonic()
-        if saved is None and (last or self.stopped_by):
+        exported = self._export()
+        if (saved is None or not exported) and (last or self.stopped_by):
+            what = "weights" if saved else "checkpoint"
             raise UnwrittenError(
-                f"the checkpoint of step {step} could not be written (the log says why): make room and give the same command "
+                f"the {what} of step {step} could not be written (the log says why): make room and give the same command "
                 f"again; it continues from {self.checkpoints.last or 'the start'}"
             )
-        self._export()
 
     def _leave(self, step: int) -> None:
         """End the run after a signal; a checkpoint has been written."""
@@ -371,9 +377,13 @@ class _Run:
             return
         with self.watchdog.during(step, "drawing pictures"), self.whole.kept() as model:
             if self.world.is_main:
-                for name, image in self._forward_only(model, self.hooks.pictures).items():
-                    save_picture(image, self.folder / "pictures" / f"{name}_step{step:08d}.png")
-                write_report(self.folder)
+                pictures = self._forward_only(model, self.hooks.pictures)
+                try:
+                    for name, image in pictures.items():
+                        save_picture(image, self.folder / "pictures" / f"{name}_step{step:08d}.png")
+                    write_report(self.folder)
+                except OSError as error:
+                    log.error("the pictures of step %d cannot be written: %s", step, error)
             self.world.barrier()
 
     def _count_broken(self) -> int:
@@ -384,11 +394,18 @@ class _Run:
         self.loader.name_broken(everywhere)  # what the other processes met; their logs are silent about it
         return len(everywhere)
 
-    def _export(self) -> None:
+    def _export(self) -> bool:
+        """Write what the next stage loads -> whether that went well."""
+        done = True
         if self.hooks.export:
             with self.whole.kept() as model:
                 if self.world.is_main:
-                    self.hooks.export(model, self.folder)
+                    try:
+                        self.hooks.export(model, self.folder)
+                    except (OSError, SafetensorError) as error:
+                        log.error("the weights cannot be written to %s: %s", self.folder, error)
+                        done = False
+        return self.world.agree(done)
 
 
 def dry_run(method: nn.Module, loader: Loader, config: BaseConfig, world: World) -> dict[str, float]:
@@ -396,6 +413,7 @@ def dry_run(method: nn.Module, loader: Loader, config: BaseConfig, world: World)
     merged = ds.merge(config, world.size, world.device.type)
     Plan.make(config.optim, config.train, len(loader))
     optimizer = build_optimizer(param_groups(method, config.optim), config.optim)
+    sizes = [(p.numel(), p.requires_grad) for p in method.parameters()]  # before ZeRO-3 takes them apart
     engine = ds.initialize(method, optimizer, merged, world)
     batches = loader.batches(0)
     seconds, outputs = 0.0, {}
@@ -410,8 +428,8 @@ def dry_run(method: nn.Module, loader: Loader, config: BaseConfig, world: World)
         seconds += time.perf_counter() - started
     found = {key: float(value.detach()) for key, value in outputs.items()}
     return {
-        "parameters": sum(p.numel() for p in method.parameters()),
-        "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "parameters": sum(size for size, _ in sizes),
+        "trained_parameters": sum(size for size, trained in sizes if trained),
         "peak_memory_gb": round(peak_memory(world.device) / 2**30, 3),
         "images_per_second": round(config.train.batch_size / seconds, 2),
         "seconds_per_step": round(seconds, 3),

@@ -22,12 +22,13 @@ def environment() -> None:
     SLURM_NTASKS of its job, but is no step, and a shell is the one task of its own. A MASTER_ADDR or MASTER_PORT that
     is set already stays.
 
-    Signals that run/slurm/hold_signals.py has held back until somebody listens are let through.
+    Signals that run/slurm/hold_signals.py holds back are let through where this process has said what to do with them.
 
     Raises:
         ConfigError: the variables contradict each other, or there are fewer GPUs on this node than processes.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    heard = {number for number in (signal.SIGTERM, signal.SIGUSR1) if callable(signal.getsignal(number))}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
     env = os.environ
     if "RANK" in env or not _is_task(env.get("SLURM_STEP_NUM_TASKS"), env.get("SLURM_NTASKS"), env.get("SLURM_PROCID")):
         return

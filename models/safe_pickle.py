@@ -20,6 +20,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from formats.pickles import LEGACY_MAGIC
+
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -55,7 +57,6 @@ STAND_INS = frozenset(
 )
 """Classes whose instances are read as attributes only. They are never imported, so they need not be installed."""
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MAX_MODULE_DEPTH = 64
 

@@ -85,14 +85,16 @@ class FaultyMethod(ToyMethod):
 
 
 class RankLoader(ToyLoader):
-    """This process's share of every batch."""
+    """This process's share of every batch; ``seen`` is told what it was given, a line "epoch index" for each."""
 
-    def __init__(self, world: World, batch_size: int) -> None:
+    def __init__(self, world: World, batch_size: int, seen: Path) -> None:
         super().__init__(batch_size=batch_size)
-        self.world = world
+        self.world, self.seen = world, seen
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         for batch in super().batches(epoch, start):
+            with self.seen.open("a") as file:
+                file.writelines(f"{epoch} {i}\n" for i in batch["index"][self.world.rank :: self.world.size].tolist())
             yield {key: value[self.world.rank :: self.world.size] for key, value in batch.items()}
 
 
@@ -148,7 +150,8 @@ def run(config: Any, world: World) -> None:
     fault = config.fault
     if fault.kind.startswith("write ") and world.rank == fault.rank:
         die_writing(fault.kind.removeprefix("write "))
-    loader = RankLoader(world, config.train.batch_size)
+    seen = Path(config.output_dir) / f"seen{world.rank}.txt"
+    loader = RankLoader(world, config.train.batch_size // config.train.accumulation, seen)
 
     def evaluate(model: Any) -> dict[str, float]:
         return {"bias": float(model.encoder.fc.bias.sum())}

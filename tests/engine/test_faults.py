@@ -280,6 +280,33 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     assert_same(place, whole("zero1_bf16"), f"`{file}` {how}")
 
 
+LEGS = [
+    (("zero1_fp32", 2, 1), ("zero3_fp32", 1, 2)),
+    (("zero0_fp32", 1, 1), ("zero2_fp32", 2, 2)),
+    (("zero3_bf16", 2, 1), ("zero0_fp32", 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), LEGS)
+def test_a_run_goes_on_in_another_layout_with_the_images_that_are_left(
+    first: tuple[str, int, int], second: tuple[str, int, int], tmp_path: Path, whole: Callable[[str], Place]
+) -> None:
+    """Stopped in the middle of an epoch; other processes, ZeRO stage and accumulation after that."""
+    place = Place(tmp_path)
+    for (deepspeed, processes, parts), stop in ((first, "fault.kind=SIGTERM"), (second, "fault.kind=none")):
+        words = (f"deepspeed={deepspeed}", f"train.accumulation={parts}", stop, "fault.rank=0", "fault.step=9")
+        codes = place(*words, processes=processes)
+    assert codes == [0] * processes, place.said(0)
+    assert "it is shared out anew" in place.said(0)
+    seen = [line for path in place.output.glob("seen*.txt") for line in path.read_text().splitlines()]
+    assert sorted(seen) == sorted(f"{epoch} {i}" for epoch in range(4) for i in range(STEPS))
+    # The noise of each process is its own, and small: a weight or a moment gone astray would be seen.
+    losses, expected = dict(place.losses()), dict(whole("zero0_fp32").losses())
+    assert sorted(losses) == sorted(expected)
+    assert max(abs(losses[step] - expected[step]) for step in losses) < 0.2
+    place.end()
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(tmp_path: Path) -> None:
     place = Place(tmp_path)
     assert place("fault.kind=SIGKILL", "fault.step=7") == [1, -signal.SIGKILL]

@@ -212,6 +212,29 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before_it(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_checkpoints_that_are_kept(tmp_path: Path) -> None:
+    """The newest, those of every tenth step, and the best by an evaluated value: that of step 6 here."""
+    values = {6: 0.9, 12: 0.1, 18: 0.7, 24: 0.2}
+
+    def fit_with(folder: Path, *overrides: str) -> list[str]:
+        measured = iter(values.values())
+        hooks = Hooks(evaluate=lambda model: {"top1": next(measured)})
+        settings = config(folder, "train.save_steps=2", "train.keep_checkpoints=1", *overrides)
+        with join() as world:
+            fit(method(), ToyLoader(), settings, world, hooks, "toy")
+        return sorted(path.name for path in (folder / "checkpoints").glob("step*"))
+
+    assert fit_with(tmp_path / "last") == ["step00000024"]
+    every = fit_with(tmp_path / "every", "train.keep_every=10")
+    assert every == ["step00000010", "step00000020", "step00000024"]
+    assert fit_with(tmp_path / "best", "train.keep_best=top1") == ["step00000006", "step00000024"]
+    assert fit_with(tmp_path / "least", "train.keep_best=-top1") == ["step00000012", "step00000024"]
+    with pytest.raises(ConfigError, match=r"train\.keep_best=top5: no such value is evaluated; there are top1"):
+        fit_with(tmp_path / "wrong", "train.keep_best=top5")
+    with pytest.raises(ConfigError, match="this run evaluates nothing"):
+        run(tmp_path / "none", "train.keep_best=top1")
+
+
 def test_each_rank_draws_its_own_noise(tmp_path: Path, world: World) -> None:
     """The same images and weights on another rank end elsewhere: masks and dropout must not repeat on every rank."""
     ends: list[torch.Tensor] = []

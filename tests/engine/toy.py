@@ -68,7 +68,7 @@ class ToyLoader:
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch))
         for i in range(start, len(self)):
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield {"image": self.images[chosen], "label": self.labels[chosen]}
+            yield {"image": self.images[chosen], "label": self.labels[chosen], "index": chosen}
 
 
 def config(folder: Path, *overrides: str) -> BaseConfig:

@@ -1,4 +1,4 @@
-"""A file on disk -> a tensor of the channels the recipe asks for.
+"""A file, or its bytes -> a tensor of the channels the recipe asks for.
 
 JPEG goes through torchvision's decoder (faster, and no copy through a PIL image), arrays (``.npy``, TIFF of more than 8 bits or
 4 channels) through NumPy and tifffile, all else through Pillow. What kind a file is, its first bytes say, not its name. Whatever
@@ -10,7 +10,9 @@ Shapes: C channels, H rows, W columns.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -21,6 +23,8 @@ from torch import Tensor
 # Deprecated since torchvision 0.29 in favour of TorchCodec: on a change of the pinned version look here first.
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from data.content import DecodeError, read_file
+
 MAX_PIXELS = 2**27
 """Largest H * W that is decoded: a small file may unpack to any size ("decompression bomb")."""
 
@@ -29,15 +33,56 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601-2, what Pillow's ``convert("L")`` and JPEG's Y use."""
 
+PILLOW_FORMATS = (
+    *(
+        "AVIF",
+        "BLP",
+        "BMP",
+        "CUR",
+        "DCX",
+        "DDS",
+        "DIB",
+        "FLI",
+        "FTEX",
+        "GBR",
+        "GIF",
+        "ICNS",
+        "ICO",
+        "IM",
+        "IMT",
+        "JPEG",
+    ),
+    *(
+        "JPEG2000",
+        "MSP",
+        "PCX",
+        "PIXAR",
+        "PNG",
+        "PPM",
+        "PSD",
+        "QOI",
+        "SGI",
+        "SPIDER",
+        "SUN",
+        "TGA",
+        "TIFF",
+        "WEBP",
+        "XBM",
+    ),
+    "XPM",
+)
+"""What Pillow may be asked to open. Not EPS, which it hands to Ghostscript as a program to run, nor formats that unpack the whole
+file before their size is known."""
+
 Range = Sequence[float] | None
 
 
-class DecodeError(ValueError):
-    """A file that cannot be turned into the image asked for: absent, damaged, too large, or of other channels or values."""
+class MismatchError(DecodeError):
+    """A sound file that holds other channels or values than those asked for."""
 
 
-def decode(path: str, in_chans: int, value_range: Range = None) -> Tensor:
-    """Read one image as a tensor (C, H, W) with C = ``in_chans``.
+def decode(source: str | bytes | np.ndarray, in_chans: int, value_range: Range = None) -> Tensor:
+    """Read one image, a path or the bytes (uint8) of a file, as a tensor (C, H, W) with C = ``in_chans``.
 
     uint8 in [0, 255] where the file holds 8-bit (or 1-bit) samples; else float32 in [0, 1], ``(x - lo) / (hi - lo)`` with
     ``(lo, hi) = value_range``. Unsigned 16-bit samples have the range (0, 65535) where none is given; other integers and floats
@@ -51,12 +96,15 @@ def decode(path: str, in_chans: int, value_range: Range = None) -> Tensor:
     Raises ``DecodeError`` for whatever is wrong with the file.
     """
     try:
-        data = np.fromfile(path, np.uint8)
+        if isinstance(source, np.ndarray):
+            data = source
+        else:
+            data = np.frombuffer(bytearray(source), np.uint8) if isinstance(source, bytes) else read_file(source)
         head = data[:32].tobytes()
         if head.startswith(_JPEG):
             return _decode_jpeg(data, in_chans)
         if head.startswith(_NPY):
-            return _decode_npy(path, in_chans, value_range)
+            return _decode_npy(data, in_chans, value_range)
         if head.startswith(_TIFF):
             return _decode_tiff(data, in_chans, value_range)
         if head.startswith(_PNG) and head[24] == 16:
@@ -70,7 +118,8 @@ def decode(path: str, in_chans: int, value_range: Range = None) -> Tensor:
         raise DecodeError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int) -> None:
+    """Refuse images without pixels, or with too many."""
     if height < 1 or width < 1:
         raise DecodeError(f"the image is empty: {height} x {width}")
     if height * width > MAX_PIXELS:
@@ -104,7 +153,7 @@ def _decode_jpeg(data: np.ndarray, in_chans: int) -> Tensor:
     """JPEG -> (C, H, W) uint8. Grey and YCbCr by torchvision; CMYK, and what torchvision refuses, by Pillow."""
     header = _jpeg_header(data)
     if header is not None and header[2] in (1, 3) and in_chans in (1, 3):
-        _check_size(header[0], header[1])
+        check_size(header[0], header[1])
         mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
         try:
             return decode_jpeg(torch.from_numpy(data), mode, apply_exif_orientation=True)
@@ -116,11 +165,11 @@ def _decode_jpeg(data: np.ndarray, in_chans: int) -> Tensor:
 def _decode_pillow(data: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
     """Any format that Pillow opens (the first frame) -> (C, H, W)."""
     try:
-        opened = Image.open(io.BytesIO(data.tobytes()))
+        opened = Image.open(io.BytesIO(data.tobytes()), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:  # its own message names the buffer
-        raise DecodeError("no image in any format that Pillow knows") from None
+        raise DecodeError("no image in any format that is read") from None
     with opened as image:
-        _check_size(image.height, image.width)
+        check_size(image.height, image.width)
         sixteen = image.format == "PPM"  # Pillow gives the 16 bits of a PGM in 32
         ImageOps.exif_transpose(image, in_place=True)
         return _from_pillow(image, in_chans, value_range, sixteen)
@@ -148,16 +197,28 @@ def _from_pillow(image: Image.Image, in_chans: int, value_range: Range, sixteen:
 
 def _decode_png16(data: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
     """16-bit PNG -> float32 (C, H, W); Pillow would cut colour to 8 bits."""
-    _check_size(int.from_bytes(data[20:24].tobytes(), "big"), int.from_bytes(data[16:20].tobytes(), "big"))
+    check_size(int.from_bytes(data[20:24].tobytes(), "big"), int.from_bytes(data[16:20].tobytes(), "big"))
     image = decode_png(torch.from_numpy(data), ImageReadMode.UNCHANGED, apply_exif_orientation=True)
     return _scaled(_colours(image.numpy(), in_chans), in_chans, value_range)
 
 
-def _decode_npy(path: str, in_chans: int, value_range: Range) -> Tensor:
+def _decode_npy(data: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
     """NumPy array file of shape (H, W), (H, W, C) or (C, H, W) -> (C, H, W)."""
-    return _scaled(
-        _channels_first(np.load(path, mmap_mode="r", allow_pickle=False), in_chans, last=None), in_chans, value_range
-    )
+    head = io.BytesIO(data[: 1 << 17].tobytes())
+    version = np.lib.format.read_magic(head)
+    if version > (2, 0):
+        raise DecodeError(f"an array file of version {version}, with named fields, is no image")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, kind = read_header(head)
+    if kind.hasobject:
+        raise DecodeError("an array of Python objects is no image, and is never read")
+    count = math.prod(shape)
+    if count * kind.itemsize > len(data) - head.tell():
+        raise DecodeError(
+            f"the file is cut off: an array of shape {shape} and type {kind} has {count * kind.itemsize} bytes"
+        )
+    array = np.frombuffer(data, kind, count, head.tell()).reshape(shape, order="F" if by_columns else "C")
+    return _scaled(_channels_first(array, in_chans, last=None), in_chans, value_range)
 
 
 def _decode_tiff(data: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
@@ -165,13 +226,16 @@ def _decode_tiff(data: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
 
     Of several pages the first is taken, unless they are as many grey pages as channels are asked for: then each is a channel.
     """
-    with tifffile.TiffFile(io.BytesIO(data.tobytes())) as file:
-        page, series = file.pages.first, file.series[0]
-        _check_size(page.imagelength, page.imagewidth)
+    # Not multi-file: some kinds of TIFF name other files to read along.
+    with tifffile.TiffFile(io.BytesIO(data.tobytes()), _multifile=False) as file:
+        page = file.pages.first
+        check_size(page.imagelength, page.imagewidth)
         bands = page.samplesperpixel
-        stacked = bands == 1 < in_chans == series.shape[0] and series.ndim == 3
+        series: Any = file.series[0] if bands == 1 < in_chans else None
+        stacked = series is not None and series.ndim == 3 and series.shape[0] == in_chans
         if not stacked and bands <= 4 and page.bitspersample <= 8 and page.sampleformat == 1:
             return _decode_pillow(data, in_chans, value_range)
+        _check_tiff(page, series.size if stacked else page.size, in_chans)
         try:
             array = series.asarray() if stacked else page.asarray()
         except ValueError as error:  # tifffile leaves most compressions to an optional package
@@ -191,6 +255,14 @@ def _decode_tiff(data: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
         return _scaled(_upright(array, 1 if orientation is None else int(orientation.value)), in_chans, value_range)
 
 
+def _check_tiff(page: Any, samples: int, in_chans: int) -> None:
+    """Refuse what unpacks to far more than its picture: surplus planes, and tiles larger than an image may be."""
+    if page.is_tiled:
+        check_size(page.tilelength, page.tilewidth)
+    if samples > MAX_PIXELS * max(in_chans, 4):
+        raise DecodeError(f"an array of shape {page.shape} is larger than an image of {in_chans} channels may be")
+
+
 def _channels_first(array: np.ndarray, in_chans: int, last: bool | None) -> np.ndarray:
     """(H, W), (H, W, C) or (C, H, W) -> (C, H, W). ``last``: whether the channels are the last axis, None to go by the sizes."""
     if array.ndim == 2:
@@ -201,7 +273,7 @@ def _channels_first(array: np.ndarray, in_chans: int, last: bool | None) -> np.n
         fits = [(axis, size) for size in (in_chans, 1) for axis in (2, 0) if array.shape[axis] == size]
         last = array.shape[0] != 1 and (not fits or fits[0][0] == 2)
     array = array.transpose(2, 0, 1) if last else array
-    _check_size(array.shape[1], array.shape[2])
+    check_size(array.shape[1], array.shape[2])
     return array
 
 
@@ -231,8 +303,8 @@ def _colours(array: np.ndarray, in_chans: int) -> np.ndarray:
     return array
 
 
-def _channels_differ(found: int, in_chans: int) -> DecodeError:
-    return DecodeError(
+def _channels_differ(found: int, in_chans: int) -> MismatchError:
+    return MismatchError(
         f"the file has {found} channels, in_chans={in_chans} is asked for: set in_chans={found} or convert the files"
     )
 
@@ -251,12 +323,12 @@ def _scaled(array: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
         raise DecodeError(f"samples of type {array.dtype} are not pixel values")
     if value_range is None:
         if array.dtype.kind != "u" or array.dtype.itemsize != 2:
-            raise DecodeError(f"samples of type {array.dtype} need a declared value_range (lo, hi)")
+            raise MismatchError(f"samples of type {array.dtype} need a declared value_range (lo, hi)")
         value_range = (0.0, 65535.0)
     lo, hi = float(value_range[0]), float(value_range[1])
     low, high = float(array.min()), float(array.max())
     if not (low >= lo and high <= hi):  # the negation also catches NaN
-        raise DecodeError(
+        raise MismatchError(
             f"values from {low:g} to {high:g} lie outside value_range=({lo:g}, {hi:g}): declare the range of the data"
         )
     return torch.from_numpy(np.ascontiguousarray(((array.astype(np.float64) - lo) / (hi - lo)).astype(np.float32)))

@@ -1,7 +1,8 @@
 """Batches of samples, the same ones whatever the number of workers, and after a resume the same as without it.
 
 The order of an epoch is a function of (seed, epoch); what a sample looks like of (seed, epoch, index, copy). Nothing is drawn from
-a global generator and no worker has a state, so prefetching, worker counts and a start in mid-epoch cannot change a batch.
+a global generator and no worker has a state, so prefetching, worker counts, a dead worker and a start in mid-epoch cannot change a
+batch.
 """
 
 from __future__ import annotations
@@ -9,156 +10,25 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
-import signal
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.decode import DecodeError, decode
+from data.feed import Tasks, tasks
+from data.order import Order
+from data.samples import Samples, Task, Transform
 from data.sources import ImageIndex
+from data.workers import Pool
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
-Item = tuple[int, int, int]
-"""What a worker is asked for: epoch, index, copy."""
 
-REPLACEMENT_TRIES = 64
-"""How many files after a broken one are tried in its place."""
-
-
-def sample_seed(*key: int) -> int:
-    """Mix whole numbers into one of 64 bits (splitmix64 steps): a cheap hash, the same on every machine."""
-    state = 0x9E3779B97F4A7C15
-    for value in key:
-        state = (state ^ (value & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
-
-
-_MASK = 2**64 - 1
-
-
-class Samples(Dataset[dict[str, Any]]):
-    """Decodes and transforms the sample an ``Item`` names; runs in the workers."""
-
-    def __init__(
-        self,
-        index: ImageIndex,
-        transform: Transform,
-        in_chans: int,
-        value_range: Sequence[float] | None,
-        seed: int,
-        replace: bool,
-    ) -> None:
-        self.index, self.transform, self.in_chans, self.value_range = index, transform, in_chans, value_range
-        self.seed, self.replace = seed, replace
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, item: Item) -> dict[str, Any]:
-        """The transformed sample with its ``index`` and ``label``, and ``broken``: [(index, reason)] of the files that failed.
-
-        Where a file is broken and ``replace`` is set, the sample is of another file, chosen by (seed, epoch, index); else only
-        ``broken`` is given.
-        """
-        epoch, i, copy = item
-        broken: list[tuple[int, str]] = []
-        for candidate in self._candidates(epoch, i):
-            try:
-                image = decode(self.index.path(candidate), self.in_chans, self.value_range)
-            except DecodeError as error:
-                broken.append((candidate, str(error)))
-                continue
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, i, copy))
-            sample: dict[str, Any] = dict(self.transform(image, generator))
-            sample["index"] = candidate
-            if self.index.class_names:
-                sample["label"] = self.index.label(candidate)
-            return sample | {"broken": broken}
-        return {"broken": broken}
-
-    def _candidates(self, epoch: int, i: int) -> Iterator[int]:
-        """The file itself, then (in training) those that stand in for it: all others of a small set, some of a large one."""
-        yield i
-        others = len(self.index) - 1
-        if self.replace and others:
-            first = sample_seed(self.seed, epoch, i, -1) % others
-            for step in range(min(others, REPLACEMENT_TRIES)):
-                yield (i + 1 + (first + step) % others) % len(self.index)
-
-
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> a batch of stacked tensors, with ``broken`` joined and ``lost``, the number of samples without an image.
-
-    A batch whose samples are all lost has only these two keys.
-    """
-    whole = [
-        {name: value for name, value in sample.items() if name != "broken"} for sample in samples if "index" in sample
-    ]
-    account = {"broken": [entry for sample in samples for entry in sample["broken"]], "lost": len(samples) - len(whole)}
-    if not whole:
-        return account
-    for name in ("image", "token_image"):
-        if (
-            name in whole[0] and len({sample[name].dtype for sample in whole}) > 1
-        ):  # 8-bit and deeper files in one folder
-            for sample in whole:
-                if sample[name].dtype == torch.uint8:
-                    sample[name] = sample[name].float() / 255
-    return default_collate(whole) | account
-
-
-class _Order:
-    """Batch sampler of a rank: the items of each batch of the epoch that was set, from the batch that was set."""
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        repeats: int,
-    ) -> None:
-        self.count, self.batch_size, self.seed, self.rank, self.world_size = count, batch_size, seed, rank, world_size
-        self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
-        self.epoch, self.start = 0, 0
-
-    def __len__(self) -> int:
-        """Batches of this rank in a whole epoch."""
-        if self.drop_last:
-            return self.count // (self.batch_size * self.world_size)
-        mine = len(range(self.rank, self.count, self.world_size))
-        return (mine + self.batch_size - 1) // self.batch_size
-
-    def stream(self, epoch: int) -> np.ndarray:
-        """(count,) int64, the indices of the epoch in order, over all ranks; with repeats each stands ``repeats`` times in a row."""
-        if not self.shuffle:
-            return np.arange(self.count)
-        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
-        order = torch.randperm(self.count, generator=generator).numpy()
-        return order if self.repeats == 1 else np.repeat(order, self.repeats)[: self.count]
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        """A global batch is a slice of the stream, rank r takes every world_size-th of it from r on."""
-        epoch, stream, size = self.epoch, self.stream(self.epoch), self.batch_size * self.world_size
-        for batch in range(self.start, len(self)):
-            positions = range(batch * size + self.rank, min((batch + 1) * size, self.count), self.world_size)
-            yield [(epoch, int(stream[p]), p % self.repeats) for p in positions]
+_ADVICE = "Lower data.workers or the batch size if memory ran out, or look for an image that crashes its decoder"
 
 
 class DataSettings(Protocol):
@@ -168,6 +38,9 @@ class DataSettings(Protocol):
     value_range: list[float]
     workers: int
     max_broken: float
+    retry_seconds: float
+    shuffle_block: int
+    streams: int
 
 
 class Loader:
@@ -194,6 +67,9 @@ class Loader:
         drop_last: bool,
         max_broken: float = 0.05,
         repeats: int = 1,
+        retry_seconds: float = 120.0,
+        shuffle_block: int = 0,
+        streams: int = 0,
     ) -> None:
         """``batch_size`` is per rank.
 
@@ -204,11 +80,24 @@ class Loader:
         ``repeats`` (repeated augmentation, Hoffer et al. 2020): each index stands that many times in a row in the epoch's stream
         (so its copies fall on different ranks, or next to each other), each copy augmented on its own; the epoch's length stays,
         so that it shows ``1 / repeats`` of the images.
+
+        ``retry_seconds``: how long a folder or a stream that is gone is waited for.
+
+        ``shuffle_block``: images of a shard that are shuffled among each other, the shards themselves in random order: reading is
+        nearly sequential, and a process holds so many encoded images of each stream it reads. 0: 1000 for streams, and for all
+        others any image may follow any.
+
+        ``streams``: shards that all ranks together read at once, a multiple of their number. 0: one per rank of streams. The
+        images of a global batch depend on it, and not on the number of ranks.
         """
         if batch_size < 1 or workers < 0 or repeats < 1 or not 0 <= rank < world_size or not 0 <= max_broken <= 1:
             raise ValueError(
                 "batch_size and repeats must be >= 1, workers >= 0, 0 <= rank < world_size, max_broken in [0, 1], got "
                 f"{batch_size=}, {repeats=}, {workers=}, {rank=}, {world_size=}, {max_broken=}"
+            )
+        if min(retry_seconds, shuffle_block, streams) < 0:
+            raise ValueError(
+                f"retry_seconds, shuffle_block and streams must be >= 0, got {retry_seconds=}, {shuffle_block=}, {streams=}"
             )
         if repeats > 1 and not shuffle:
             raise ValueError(f"repeats={repeats} needs shuffle=True: in evaluation every image counts once")
@@ -230,14 +119,14 @@ class Loader:
         """Path -> reason of every file that failed so far."""
         self._seen = np.zeros(len(index), np.bool_)
         self._reach = len(index) if shuffle or drop_last else len(range(rank, len(index), world_size))
-        self._order = _Order(
-            len(index), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle,
-            drop_last=drop_last, repeats=repeats,
+        self._order = Order(
+            index, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle, drop_last=drop_last,
+            repeats=repeats, shuffle_block=shuffle_block, streams=streams,
         )  # fmt: skip
-        self._samples = Samples(index, transform, in_chans, value_range, seed, replace=shuffle or drop_last)
-        self._workers = workers
-        self._torch_loader: DataLoader[dict[str, Any]] | None = None
-        self._stream: Iterator[dict[str, Any]] = iter(())
+        self._replace, self._retry_seconds = shuffle or drop_last, retry_seconds
+        samples = Samples(index, transform, in_chans, value_range, seed, self._replace, retry_seconds)
+        self._pool = Pool(samples.batch, workers, "loader worker", self._describe, _ADVICE)
+        self._tasks: Tasks | None = None
         self._turn = 0
         """Number of the last call of ``batches`` or ``close``: earlier iterators have ended."""
         self._at_exit = functools.partial(_close, weakref.ref(self))
@@ -256,8 +145,12 @@ class Loader:
         training: bool,
         repeats: int = 1,
     ) -> Self:
-        """The loader that a configuration's ``data`` section describes, for training or for evaluation."""
-        return cls(
+        """The loader that a configuration's ``data`` section describes, for training or for evaluation.
+
+        For training on streams ``data.streams=0`` is replaced by what it comes to, the number of ranks: kept with the run, it keeps
+        the images of every step when the run goes on with another number of ranks.
+        """
+        loader = cls(
             index,
             transform,
             batch_size=batch_size,
@@ -271,7 +164,13 @@ class Loader:
             drop_last=training,
             max_broken=data.max_broken,
             repeats=repeats,
+            retry_seconds=data.retry_seconds,
+            shuffle_block=data.shuffle_block,
+            streams=data.streams,
         )
+        if training and loader._order.streaming:
+            data.streams = loader._order.lanes
+        return loader
 
     @classmethod
     def preview(
@@ -279,12 +178,17 @@ class Loader:
     ) -> dict[str, Tensor]:
         """A batch of at most ``count`` images spread over ``index``, the same at every call: what pictures show.
 
+        Of streams the first ones: others would take reading up to them.
+
         Raises:
             ValueError: none of the images tried can be read.
         """
-        step = max(len(index) // count, 1)
+        step = 1 if index.streams.any() else max(len(index) // count, 1)
         part = index.select(range(0, len(index), step)[:count])
-        quiet = SimpleNamespace(in_chans=data.in_chans, value_range=data.value_range, workers=0, max_broken=1.0)
+        quiet = SimpleNamespace(
+            in_chans=data.in_chans, value_range=data.value_range, workers=0, max_broken=1.0,
+            retry_seconds=data.retry_seconds, shuffle_block=0, streams=0,
+        )  # fmt: skip
         loader = cls.of(part, transform, quiet, batch_size=count, seed=seed, training=False)
         loader.names_broken = False  # the loaders that count them name them
         batch = next(loader.batches(0), None)
@@ -293,6 +197,10 @@ class Loader:
                 f"none of {count} images spread over the training set can be read: {next(iter(loader.broken.items()))}"
             )
         return batch
+
+    def _describe(self, task: Task) -> str:
+        paths = [self.index.path(i) for _, i, _ in task.items]
+        return f"{', '.join(paths[:3])} and {max(0, len(paths) - 3)} more images"
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank (in evaluation a batch of nothing but broken files is not given)."""
@@ -311,43 +219,29 @@ class Loader:
 
     def _iterate(self, epoch: int, start: int, turn: int) -> Iterator[dict[str, Tensor]]:
         self._check_turn(turn)
-        if self._torch_loader is None:
-            self._torch_loader = self._start()
-        self._order.epoch, self._order.start = epoch, start
-        self._stream = iter(self._torch_loader)
-        # Registered after torch's own handler, so that it runs before: that one waits 5 s for workers still in use.
+        self._end_tasks()
+        self._pool.start()  # before the threads of a stream
+        # Registered after multiprocessing's own handler, so that it runs before: that one waits for the workers.
         atexit.unregister(self._at_exit)
         atexit.register(self._at_exit)
-        while True:
-            self._check_turn(turn)
-            batch = next(self._stream, None)
-            if batch is None:
-                return
+        self._tasks = tasks(self._order, epoch, start, self._retry_seconds)
+        for batch in self._pool.run(self._tasks):
             self._account(batch.pop("broken"), batch.pop("lost"), batch.get("index"))
             if batch:
-                yield batch
+                yield {name: part.pin_memory() for name, part in batch.items()} if torch.cuda.is_available() else batch
+                self._check_turn(turn)
+        self._end_tasks()
+
+    def _end_tasks(self) -> None:
+        if self._tasks is not None:
+            self._tasks.close()
+            self._tasks = None
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
             raise RuntimeError(
                 "this loader was closed or has begun another epoch since: use one iterator of batches at a time"
             )
-
-    def _start(self) -> DataLoader[dict[str, Any]]:
-        """Make torch's loader; its workers live until ``close``, over all epochs."""
-        return DataLoader(
-            self._samples,
-            batch_sampler=self._order,
-            num_workers=self._workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self._workers > 0,
-            prefetch_factor=2 if self._workers else None,
-            worker_init_fn=_init_worker,
-            # Forked workers share the index; other systems cannot fork safely and copy its few arrays.
-            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # torch's loader draws a seed per epoch: not from the run's generator
-        )
 
     def _account(self, broken: Sequence[tuple[int, str]], lost: int, indices: Tensor | None) -> None:
         """Note what a batch has shown; stop where too many files are broken."""
@@ -372,7 +266,7 @@ class Loader:
                 f"{failed} of the {seen} images read so far are broken, more than max_broken={self.max_broken:g} of them: {named}. "
                 "Mend or remove the files, or raise max_broken"
             )
-        if lost and self._samples.replace:
+        if lost and self._replace:
             raise RuntimeError(
                 f"found no readable image to stand in for a broken one; broken are {', '.join(list(self.broken)[:3])} and "
                 f"{max(0, failed - 3)} more: mend or remove them"
@@ -388,12 +282,22 @@ class Loader:
     def close(self) -> None:
         """End the workers (also done when the loader is deleted, and at exit). A later epoch starts new ones."""
         self._turn += 1
-        # torch does this when the last reference goes, but the traceback of an error may hold one.
-        shut_down = getattr(self._stream, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
-        self._stream, self._torch_loader = iter(()), None
+        self._end_tasks()
+        self._pool.close()
         atexit.unregister(self._at_exit)
+
+    @property
+    def restarts(self) -> int:
+        """How many dead workers have been replaced so far."""
+        return self._pool.restarts
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers, none before the first batch."""
+        return self._pool.pids()
+
+    def __del__(self) -> None:
+        if getattr(self, "_tasks", None) is not None:
+            self._end_tasks()
 
     def __enter__(self) -> Loader:
         return self
@@ -407,8 +311,3 @@ def _close(loader: weakref.ref[Loader]) -> None:
     alive = loader()
     if alive is not None:
         alive.close()
-
-
-def _init_worker(worker: int) -> None:
-    """A Ctrl-C reaches every process of the terminal: the main one answers it and ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

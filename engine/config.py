@@ -210,15 +210,18 @@ def _expand(key: str, value: str, kind: str, words: tuple[str, ...]) -> str:
     whole = os.path.expanduser(value)
     if kind == "folder" or os.path.exists(whole):
         return whole
-    parts = (
-        [os.path.expanduser(part.strip()) for part in value.split(",") if part.strip()] if kind == "paths" else [whole]
-    )
+    parts = [whole]
+    if kind == "paths":  # a comma within braces is a pattern's own
+        parts = [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{}]*\})", value) if part.strip()]
     for part in parts:
-        if not os.path.exists(part):
+        if not (os.path.exists(part) or (kind == "paths" and _SEVERAL.search(part))):
             other = f"; give a path or {' or '.join(words)}" if words else ""
             raise ConfigError(f"{key}: {part!r} does not exist{other}")
     return ",".join(parts)
 
+
+_SEVERAL = re.compile(r"^(pipe:|https?://)|[{*?\[]")
+"""Parts of paths that the data itself looks up: streams, and patterns for several files."""
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

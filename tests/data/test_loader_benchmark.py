@@ -30,9 +30,13 @@ def test_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for i in range(5):
         pixels = np.add.outer(np.arange(60 + i) * 3, np.arange(90))[..., None] + np.array([0, 20, 40])
         Image.fromarray((pixels % 256).astype(np.uint8)).save(tmp_path / f"{i}.jpg", quality=95)
-    result = _result(capsys, "--path", str(tmp_path), "--size", "24", "40", "--rounds", "2", "--workers", "1")
+    result = _result(
+        capsys, "--path", str(tmp_path), "--size", "24", "40", "--rounds", "2", "--workers", "1", "--shrink", "40"
+    )
     assert result["images"] == 5 and result["image_size"] == [24, 40] and result["threads"] == 1
-    for rate in ("ours_images_per_second", "plain_images_per_second", "ratio", "loader_images_per_second"):
+    rates = [f"{name}_images_per_second" for name in ("folder", "shards", "plain")]
+    rates += [f"loader_{name}_images_per_second" for name in ("folder", "shards", "pipes", "shrunk")]
+    for rate in (*rates, "folder_over_plain", "shards_over_plain", "shards_over_folder"):
         assert result[rate] > 0
     assert result["mean_abs_difference"] < 2
 

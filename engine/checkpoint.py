@@ -34,7 +34,8 @@ _DRAFT, _REMOVED, _DAMAGED = "writing_", "removing_", "damaged_"
 
 FREE_SETTINGS = {
     *("recipe", "output_dir", "resume", "threads", "deepspeed"),
-    *("data.path", "data.val_path", "data.workers", "data.max_broken", "encoder.pretrained", "eval_batch_size"),
+    *("data.path", "data.val_path", "data.workers", "data.max_broken", "data.retry_seconds"),
+    *("encoder.pretrained", "eval_batch_size"),
     *(
         "optim.lr_batch",
         "cim.tokenizer",
@@ -83,7 +84,7 @@ class Progress:
     Attributes:
         layout: fields of the :class:`Layout` it was saved in.
         data: fingerprint of the training set, wherever it is.
-        settings: the configuration but for :data:`FREE_SETTINGS`, flat.
+        settings: its :func:`identity`.
         skipped: steps left out so far because of values that were not finite.
         rollbacks: how often the run went back to an earlier checkpoint.
     """
@@ -98,11 +99,7 @@ class Progress:
     @classmethod
     def start(cls, config: Any, layout: Layout, data: str) -> "Progress":
         """Progress of a new run."""
-        every = {key: getattr_path(config, key) for key, _, _ in settings(type(config))}
-        kept = {key: value for key, value in every.items() if key not in FREE_SETTINGS}
-        # The weights may move: whether there are any, and whose, may not change.
-        start = every.get("encoder.pretrained", "")
-        return cls(0, asdict(layout), data, kept | {"encoder.pretrained": start if start in ("", "true") else "a file"})
+        return cls(0, asdict(layout), data, identity(config))
 
     def check(self, now: "Progress") -> None:
         """Refuse to continue with settings under which the run would not be the same one."""
@@ -114,6 +111,15 @@ class Progress:
             raise ConfigError(
                 f"the checkpoint in output_dir was made with {named}: give another output_dir or the old settings"
             )
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that make a run this one and no other, flat: all but :data:`FREE_SETTINGS`."""
+    every = {key: getattr_path(config, key) for key, _, _ in settings(type(config))}
+    kept = {key: value for key, value in every.items() if key not in FREE_SETTINGS}
+    # The weights may move: whether there are any, and whose, may not change.
+    start = every.get("encoder.pretrained", "")
+    return kept | {"encoder.pretrained": start if start in ("", "true") else "a file"}
 
 
 class Checkpoints:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from engine import ds, faults, slurm
+from engine import batch_norm, ds, faults, slurm
 from engine.checkpoint import Checkpoints, Progress
 from engine.config import ConfigError, to_yaml
 from engine.faults import NonFiniteLossError, UnwrittenError
@@ -106,6 +106,7 @@ class _Run:
         self.checkpoints.check(self.progress)  # before anything of the run that is there is touched
         self.optimizer = build_optimizer(param_groups(method, config.optim), config.optim)
         _prepare_folder(self.folder, config, merged, world)
+        batch_norm.share(method, world, config.train.sync_batchnorm)
         self.whole = (Gathered if self.stage == 3 else Whole)(method, config.train.ema_decay, world)
         self.engine = ds.initialize(method, self.optimizer, merged, world)
         self.whole.begin()
@@ -414,6 +415,7 @@ def dry_run(method: nn.Module, loader: Loader, config: BaseConfig, world: World)
     Plan.make(config.optim, config.train, len(loader))
     optimizer = build_optimizer(param_groups(method, config.optim), config.optim)
     sizes = [(p.numel(), p.requires_grad) for p in method.parameters()]  # before ZeRO-3 takes them apart
+    batch_norm.share(method, world, config.train.sync_batchnorm)
     engine = ds.initialize(method, optimizer, merged, world)
     batches = loader.batches(0)
     seconds, outputs = 0.0, {}

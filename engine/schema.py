@@ -38,7 +38,12 @@ def option(
 class DataConfig:
     """Where the images are and how they are read."""
 
-    path: str = option("", "folder, text file of paths, or a comma-separated list of these (required)", kind="paths")
+    path: str = option(
+        "",
+        "folder, text file of paths, tar shards (a folder of them, x-{000..099}.tar, x-*.tar, pipe:COMMAND, http(s)://...), or "
+        "a comma-separated list of these (required)",
+        kind="paths",
+    )
     image_size: list[int] = option([224, 224], "height and width in pixels; one number for both", ge=1, kind="pair")
     in_chans: int = option(3, "channels every image is converted to", ge=1)
     mean: list[float] = option([], "per channel, of [0, 1] pixels; empty: ImageNet's for 3 channels, else 0.5")
@@ -46,6 +51,20 @@ class DataConfig:
     value_range: list[float] = option([], "(low, high) of 16-bit and float images, mapped to [0, 1]; empty: 0-65535")
     workers: int = option(4, "loader processes per rank; 0 loads in the main process", ge=0)
     max_broken: float = option(0.05, "share of unreadable images above which a run stops", ge=0, le=1)
+    retry_seconds: float = option(
+        120.0, "how long a folder, address or pipe that is gone is waited for before the run stops", ge=0
+    )
+    shuffle_block: int = option(
+        0,
+        "images of a tar shard shuffled among each other, the shards in random order, so that disks read nearly in order; "
+        "0: 1000 for pipes and addresses, for all else any image may follow any",
+        ge=0,
+    )
+    streams: int = option(
+        0,
+        "shards that all processes together read at once, a multiple of their number; 0: one each of pipes and addresses",
+        ge=0,
+    )
 
 
 @dataclasses.dataclass
@@ -124,6 +143,11 @@ class TrainConfig:
     warmup_steps: int | None = option(None, "optimiser steps of linear warm-up; overrides warmup_epochs", ge=0)
     batch_size: int = option(256, "images per optimiser step, over all processes and accumulated parts", ge=1)
     accumulation: int = option(1, "parts a process splits its share of the batch into", ge=1)
+    checkpoint_blocks: bool = option(
+        False, "compute each block again in the backward pass instead of keeping what it made: less memory, more time"
+    )
+    compile: bool = option(False, "compile the blocks with torch.compile, which needs a C++ compiler; not at ZeRO-3")
+    sync_batchnorm: bool = option(True, "batch norms use the images of all processes; false: each process its own")
     ema_decay: float = option(0.0, "decay of the exponential moving average of the weights; 0: none", ge=0, lt=1)
     log_steps: int = option(20, "steps between two lines of the log", ge=1)
     save_epochs: int = option(1, "epochs between checkpoints; 0: only by steps, minutes and at the end", ge=0)

@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 
 from data.loader import Loader
 from engine import ds, loop
+from engine.blocks import block_options
 from engine.config import ConfigError, user_errors
 from engine.loop import Hooks
 from engine.report import keep_settings, record
@@ -25,6 +26,7 @@ from finetune.config import ClassifyConfig, check_classify
 from finetune.evaluate import Outcome, judge
 from finetune.features import prepare
 from finetune.targets import binary_cross_entropy, cross_entropy, mix, soft_target
+from models.blocks import arrange
 from models.pixels import denormalise, normalise, to_unit
 from models.pretrained import describe
 
@@ -49,6 +51,8 @@ class Classifier(nn.Module):
                 f"classify.bce_threshold={threshold} makes every class present: augment.label_smoothing={smoothing} gives "
                 f"each {smoothing / len(class_names):.3g}; raise the one or lower the other"
             )
+        with user_errors():
+            arrange(self, **block_options(config))
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Normalise, mix, classify, compare."""

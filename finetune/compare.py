@@ -20,7 +20,7 @@ import torch
 
 from data.sources import ImageIndex
 from engine import cli, ds
-from engine.checkpoint import Progress
+from engine.checkpoint import identity
 from engine.config import ConfigError, user_errors
 from engine.faults import NonFiniteLossError
 from engine.files import write_json
@@ -98,7 +98,7 @@ class Comparison:
         self.smaller = False
         self.asked = {
             run.name: _plain(
-                Progress.start(run.config, 1, "").settings
+                identity(run.config)
                 | {"encoder.pretrained": weights[run.init], "images": images[:16] + images[64:80]}
             )
             for run in runs

@@ -68,6 +68,8 @@ class ProbeConfig(RunConfig):
 class FeatureNorm(nn.BatchNorm1d):
     """Batch norm without gain and bias; its statistics are those of the batch of all processes, summed in float64."""
 
+    over_processes = True  # needs no help of engine/batch_norm.py
+
     def __init__(self, dim: int, world: World) -> None:
         super().__init__(dim, eps=1e-6, affine=False)  # MAE's released eps
         self.world = world
@@ -149,6 +151,8 @@ def check(config: ProbeConfig) -> None:
         ("optim.layer_decay", 1),
         ("optim.clip_grad", 0),
         ("train.ema_decay", 0),
+        ("train.checkpoint_blocks", False),
+        ("train.compile", False),
     ):
         section, name = key.split(".")
         if getattr(getattr(config, section), name) != off:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import models.convvit  # registers convvit_* in timm
-import models.grn  # noqa: F401  (registers convnextv2_ablation in timm)
+import models.grn  # registers convnextv2_ablation in timm
 from models.files import read_state_dict
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'")  # Python's words, and timm's
@@ -68,7 +68,9 @@ def create(
     while True:
         try:
             given = {**optional, **asked}
-            return timm.create_model(name, **options, **given), given
+            model = timm.create_model(name, **options, **given)
+            models.grn.widen(model)
+            return model, given
         except (TypeError, AssertionError, RuntimeError) as error:
             found = _UNEXPECTED.search(str(error))
             if found is None or found[1] not in {*optional, *asked}:

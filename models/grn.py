@@ -124,6 +124,21 @@ class GRN(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(self.form).items())
 
 
+class TimmGRN(GlobalResponseNorm):
+    """timm's layer, in float32 at least: by itself it rounds responses and their mean to what comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map -> map of the same shape and type."""
+        return super().forward(wide(x)).to(x.dtype)
+
+
+def widen(model: nn.Module) -> None:
+    """Have timm's GRN computed in float32 wherever ``model`` has it; nothing else of it changes."""
+    for module in model.modules():
+        if type(module) is GlobalResponseNorm:
+            module.__class__ = TimmGRN
+
+
 class InPlaceOfGRN(nn.Module):
     """Another layer where GRN stands; ``layer`` is applied to maps of the order it knows."""
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.transforms import CropResize
+from engine.blocks import block_options
 from engine.config import ConfigError
 from engine.files import file_digest
 from engine.schema import CropConfig, DataConfig, EncoderConfig, option
 from models.beit import BEiT
+from models.blocks import arrange
 from models.dvae import FrozenTokenizer, load_tokenizer
 from models.encoder import build_encoder, feature_stride, spatial_features, unused_parameters
 from models.masking import blockwise_mask, mask_range, num_masked, random_mask, upsample
@@ -164,6 +166,7 @@ class CIM(nn.Module):
         self.head: nn.Module = nn.Conv2d(self.encoder.num_features, outputs, 1)
         nn.init.trunc_normal_(self.head.get_parameter("weight"), std=0.02)
         nn.init.zeros_(self.head.get_parameter("bias"))
+        arrange(self, **block_options(config))
 
     def _shared_parts(self) -> dict[str, Any]:
         """Patch embedding and first blocks of a ViT enhancer, for the generator to use as its own (CIM, section 3.1)."""

@@ -17,8 +17,10 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
+from engine.blocks import block_options
 from engine.config import ConfigError
 from engine.schema import EncoderConfig, option
+from models.blocks import arrange
 from models.convvit import ConvViT
 from models.convvit_blocks import over_channels
 from models.mae_decoder import MAEDecoder, initialise
@@ -111,6 +113,7 @@ class ConvMAE(MaskedAutoencoder):
             self.stride**2 * config.data.in_chans,
             convmae.decoder_mlp_ratio,
         )
+        arrange(self, **block_options(config))
 
     def prepared(self, encoder: nn.Module) -> nn.Module:
         """The encoder with its last norm before any pooling, fixed positions, and the released initial weights."""

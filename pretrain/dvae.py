@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.transforms import CropResize
+from engine.blocks import block_options
 from engine.config import ConfigError
 from engine.files import write_atomically
 from engine.schema import CropConfig, DataConfig, OptimConfig, option
+from models.blocks import arrange
 from models.dvae import DVAE, logit_laplace_nll, map_pixels, save_tokenizer
 from models.pixels import to_unit
 
@@ -76,6 +78,7 @@ class DVAETraining(nn.Module):
         )
         self.settings = config.dvae
         self.before_step(0, 1)
+        arrange(self, **block_options(config))
 
     @property
     def encoder(self) -> nn.Module:

@@ -19,8 +19,10 @@ from einops import rearrange
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from engine.blocks import block_options
 from engine.config import ConfigError
 from engine.schema import EncoderConfig, option
+from models.blocks import arrange
 from models.conv_decoder import ConvDecoder
 from models.encoder import stages
 from models.grn import AGGREGATIONS, GRN, LAYERS, NORMALISATIONS, SCOPES, GRNForm, replace_grn
@@ -95,6 +97,7 @@ class FCMAE(MaskedAutoencoder):
             _released_init(self.decoder, linear=False)
         if fcmae.grn_decay and not list(self.weight_decay_also()):
             raise ValueError("fcmae.grn_decay=true, but nothing here has GRN: leave it out")
+        arrange(self, **block_options(config))
 
     def prepared(self, encoder: nn.Module) -> nn.Module:
         """The encoder with the form of GRN that was asked for, and the initial weights."""

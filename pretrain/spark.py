@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine.blocks import block_options
 from engine.config import ConfigError
 from engine.schema import EncoderConfig, option
+from models.blocks import arrange
 from models.encoder import stages
 from models.light_decoder import NORMS, Densify, LightDecoder
 from models.masking import upsample
@@ -65,6 +67,7 @@ class SparK(MaskedAutoencoder):
             )
             for index, (scale, cell, width) in enumerate(zip(scales, self.cells, self.decoder.widths, strict=True))
         )
+        arrange(self, **block_options(config))
 
     def predict(self, image: Tensor, mask: Tensor) -> Tensor:
         """Predicted (normalised) pixels of every patch, (B, h * w, p * q * C)."""

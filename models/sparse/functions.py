@@ -345,22 +345,41 @@ _BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "mom
 
 
 def _batch_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Statistics over the visible sites of the whole batch."""
+    """Statistics over the visible sites of the whole batch.
+
+    ``func`` is torch's function, or one of that name whose statistics are those of several processes; which has
+    ``remembering``, see :func:`_remembering`.
+    """
     x, rest, named = _norm_args(args, kwargs)
     sites = x.sites
     if sites.kind == "image":
         return image_values(func(sites.geometry.images(plain(x)), *rest, **named), sites)
     _refuse_views("batch_norm", x)
-    values = plain(x)
-    out = map_values(sites.geometry.batch_norm(values, sites, lambda v: func(v, *rest, **named)), sites, clean=True)
-    if func is F.batch_norm and sites.geometry.recomputes and worth_it():
-        given = dict(zip(_BATCH_NORM, rest, strict=False)) | named
-        if given.get("training"):
-            given |= {"running_mean": None, "running_var": None}
-            again = functools.partial(F.batch_norm, **given)
-            sources = [values, *(v for v in (given.get("weight"), given.get("bias")) if v is not None)]
-            out.again = Again(lambda: sites.geometry.batch_norm(values, sites, again), sources, plain(out))
+    values, given = plain(x), dict(zip(_BATCH_NORM, rest, strict=False)) | named
+    # torch.batch_norm, too, comes by this name, with its arguments in another order
+    remembering = getattr(func, "remembering", _remembering if func is F.batch_norm else None)
+    if not (remembering and given.get("training") and sites.geometry.recomputes and worth_it()):
+        out = sites.geometry.batch_norm(values, sites, lambda v: func(v, *rest, **named))
+        return map_values(out, sites, clean=True)
+    makers: list[Callable[[Tensor], Tensor]] = []
+
+    def norm(rows: Tensor) -> Tensor:
+        result, again = remembering(rows, **given)
+        makers.append(again)
+        return result
+
+    out = map_values(sites.geometry.batch_norm(values, sites, norm), sites, clean=True)
+    sources = [values, *(v.detach() for v in (given.get("weight"), given.get("bias")) if v is not None)]
+    out.again = Again(lambda: sites.geometry.batch_norm(values, sites, makers[0]), sources, plain(out))
     return out
+
+
+def _remembering(rows: Tensor, **given: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Batch norm in training, and a function that makes the same of the same rows again and changes nothing else."""
+    # What is behind a weight now: ZeRO-3 takes it away from the parameter itself until that is needed.
+    held = {name: v.detach() for name in ("weight", "bias") if (v := given.get(name)) is not None}
+    again = functools.partial(F.batch_norm, **given | held | {"running_mean": None, "running_var": None})
+    return F.batch_norm(rows, **given), again
 
 
 def _image_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -394,7 +413,7 @@ def _linear(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return image_values(out, x.sites)
     if x.sites.kind == "nchw":
         raise SparseError(f"linear on the last axis of a map of {tuple(x.shape)} mixes its columns")
-    out = func(*args, **kwargs)
+    out = func(plain(x), *args[1:], **kwargs)
     return wrap(out, dataclasses.replace(x.sites, clean=False))
 
 

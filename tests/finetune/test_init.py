@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import cli
-from engine.checkpoint import Progress
+from engine.checkpoint import identity
 from engine.config import ConfigError, check_run, read_recipe, to_yaml
 from engine.world import World
 from finetune import classify, weights
@@ -119,6 +119,6 @@ def test_a_run_tells_where_it_began_and_goes_on_from_there_only(digits: Path, tm
     run(str(folder.rename(tmp_path / "moved")))
     for init, now in (("scratch", ""), ("pretrained", "true")):
         config = config_of(f"init={init}")
-        assert Progress.start(config, 1, "").settings["encoder.pretrained"] == now
+        assert identity(config)["encoder.pretrained"] == now
     with pytest.raises(ConfigError, match=r"encoder\.pretrained=a file \(now \)"):
         run("scratch")

@@ -22,7 +22,7 @@ def environment() -> None:
     SLURM_NTASKS of its job, but is no step, and a shell is the one task of its own. A MASTER_ADDR or MASTER_PORT that
     is set already stays.
 
-    Signals that run/slurm/hold_signals.py holds back are let through where this process has said what to do with them.
+    Signals that run/slurm/rank.py holds back are let through where this process has said what to do with them.
 
     Raises:
         ConfigError: the variables contradict each other, or there are fewer GPUs on this node than processes.

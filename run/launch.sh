@@ -1,5 +1,7 @@
 # shellcheck shell=bash
 # Shared by the launchers (sourced, not run): one process per GPU of this machine, or of the machines in $HOSTFILE.
+# A run that SIGUSR1 or SIGTERM reaches writes a checkpoint and ends: kill -USR1 -- -GROUP, where ps -o pgid shows the group
+# of the script. After SIGUSR1 the script ends with 75, and the same command continues.
 #
 #   NPROC=4      processes on this machine; default: its GPUs, or 1 without a GPU
 #   HOSTFILE=F   several machines, lines "name slots=8"; needs ssh without a password, pdsh, and the checkout and the
@@ -9,7 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # launch MODULE RECIPE key=value ...: paths in key=value are relative to where the script was called.
 launch() {
-    local python=$root/.venv/bin/python module=$1 options=() gpus threads
+    local python=$root/.venv/bin/python module=$1 options=() gpus threads code=0
     shift
     if [ ! -x "$python" ]; then
         printf 'no environment yet: bash %s/run/setup.sh\n' "$root" >&2
@@ -40,6 +42,12 @@ launch() {
             options+=(--num_gpus "$NPROC")
         fi
     fi
+    # For the ranks, who hear it; the launchers above them, and this script, would die of it.
+    trap '' USR1
     # -q: its own log says the command three times. PATH: helpers it looks for, such as ninja, live beside python.
-    PATH="$root/.venv/bin:$PATH" "$root/.venv/bin/deepspeed" -q --no_local_rank "${options[@]}" --module "$module" "$@"
+    PATH="$root/.venv/bin:$PATH" "$root/.venv/bin/deepspeed" -q --no_local_rank "${options[@]}" --module "$module" "$@" || code=$?
+    if [ "$code" -eq 75 ]; then # stopped by a signal: so is a script that has more to do
+        exit 75
+    fi
+    return "$code"
 }

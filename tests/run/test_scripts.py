@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [*sorted((ROOT / "run").glob("*.sh")), ROOT / ".ci" / "run"]
+BATCH = sorted((ROOT / "run/slurm").glob("*.sbatch"))
+SOURCED = [ROOT / "run/launch.sh", ROOT / "run/slurm/common.sh"]
+SCRIPTS = [*sorted((ROOT / "run").rglob("*.sh")), *BATCH, ROOT / "tests/slurm/cluster.sh", ROOT / ".ci/run"]
 
 
 def bash(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +36,7 @@ def test_script_parses(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_is_strict_and_says_how_it_is_called(script: Path) -> None:
     lines = script.read_text().splitlines()
-    if script.name == "launch.sh":  # sourced by the others
+    if script in SOURCED:
         return
     assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# ")
     assert "set -euo pipefail" in lines
@@ -119,6 +121,45 @@ def test_minkowski_names_what_is_missing(checkout: Path, tmp_path: Path) -> None
     assert result.returncode == 1 and result.stdout == ""
     assert "apt-get install g++ libopenblas-dev" in result.stderr.replace("python3-dev ", "")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_batch_file(script: Path) -> None:
+    """What a preempted or timed-out run needs is asked for before the first command; outside of Slurm the file says what to do."""
+    text = script.read_text()
+    options = [line for line in text.partition("set -euo pipefail")[0].splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --signal=USR1@120", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    alone = bash(script, "cim_vit_small", SLURM_JOB_ID="", SLURM_ARRAY_TASK_ID="")
+    assert alone.returncode != 0 and "sbatch" in alone.stderr and f"run/slurm/{script.name}" in alone.stderr
+
+
+def test_torchrun_script_says_how_it_is_called(checkout: Path) -> None:
+    shutil.copy(ROOT / "run" / "torchrun.sh", checkout / "run")
+    usage = bash(checkout / "run/torchrun.sh", "pretrain")
+    assert usage.returncode == 2 and "pretrain|finetune RECIPE" in usage.stderr
+    absent = bash(checkout / "run/torchrun.sh", "pretrain", "cim")
+    assert absent.returncode == 1 and "run/setup.sh" in absent.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"NPROC": "3"}, {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "gpu01"}, {"NNODES": "2"}], ids=str
+)
+def test_torchrun_script_calls_torchrun(words: dict[str, str], checkout: Path) -> None:
+    """What torchrun is called with, shown by a stand-in; on a machine whose Python finds no GPU."""
+    shutil.copy(ROOT / "run" / "torchrun.sh", checkout / "run")
+    tool = checkout / ".venv/bin/python"
+    tool.parent.mkdir(parents=True)
+    tool.write_text('#!/bin/sh\ncase "$2" in *cuda*) echo 0;; *) echo "$DS_ACCELERATOR|$PYTHONPATH|$*";; esac\n')
+    tool.chmod(0o755)
+    result = bash(checkout / "run/torchrun.sh", "pretrain", "cim_x", "data.path=a b", cwd=ROOT, PYTHONPATH="", **words)
+    if words == {"NNODES": "2"}:
+        assert result.returncode != 0 and "NODE_RANK" in result.stderr
+        return
+    accelerator, path, said = result.stdout.strip().split("|")
+    assert accelerator == "cpu" and path == str(checkout) and said.endswith("--module pretrain cim_x data.path=a b")
+    assert f"--nproc-per-node {words.get('NPROC', '1')} " in said and "SIGUSR1" in said
+    several = "--nnodes 2 --node-rank 1 --master-addr gpu01 --master-port 29500"
+    assert (several in said) == ("NNODES" in words) and ("--standalone" in said) == ("NNODES" not in words)
 
 
 def test_launcher_needs_an_environment_and_a_recipe(checkout: Path) -> None:

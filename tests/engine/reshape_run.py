@@ -19,6 +19,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import torch_autocast
 from timm.optim import Lamb
 from torch import Tensor, nn
 
@@ -51,6 +52,9 @@ class Net(nn.Module):
         if "other" in details:
             self.head_more, self.odd = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
             self.frozen = nn.Linear(7, 3, bias=False).requires_grad_(False)
+        if "shifted" in details:  # nothing may be left of where it began
+            for parameter in self.parameters():
+                parameter.data.add_(0.1)
         if "thawed" in details:
             self.frozen.requires_grad_(True)
             self.groups = GROUPS | {"frozen": (1.0, 0.0)}
@@ -94,6 +98,7 @@ def build(setting: str, world: World) -> Any:
         "torch_autocast": {"enabled": precision != "fp32", "dtype": DTYPES[precision]},
     }
     net = Net(details)
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # DeepSpeed remembers the run before
     return ds.initialize(net, optimizer_of(net, name), merged, world)
 
 
@@ -183,7 +188,7 @@ def save(setting: str, root: Path, world: World, steps: int = STEPS) -> None:
 def load(pair: str, root: Path, world: World, dirty: bool) -> dict[str, Any]:
     """Continue, and compare with what was written and with the loop that was not interrupted."""
     source, _, setting = pair.partition(">")
-    engine = build(setting, world)
+    engine = build(f"{setting}-shifted", world)
     if dirty:  # a run that was under way and goes back
         train(engine, world, 50, 52)
     reshape.load(engine, root / source)

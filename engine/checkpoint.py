@@ -262,23 +262,25 @@ class Checkpoints:
 
     def _load(self, newest: Path, engine: Any, average: Any, now: Progress) -> Progress:
         progress = read_progress(newest)
-        if progress.layout == now.layout:
+        own = newest / f"rank{self.world.rank}.pt"
+        state = torch.load(own if own.is_file() else newest / "rank0.pt", map_location="cpu", weights_only=True)
+        # DeepSpeed's own way is for an engine that has done nothing yet, and for its own kind of files.
+        if progress.layout == now.layout and not engine.global_steps:
             path, _ = engine.load_checkpoint(str(self.folder), tag=newest.name)
             if path is None:
                 raise ConfigError(f"DeepSpeed could not load {newest}: remove that folder to use the one before it")
+            buffers = dict(engine.module.named_buffers())
+            for name, value in state["buffers"].items():
+                buffers[name].copy_(value)
+            if (scaler := reshape.grad_scaler(engine)) is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
         else:
-            then, here = Layout(**progress.layout), Layout(**now.layout)
-            log.info("the checkpoint is of %s, this run has %s: it is shared out anew", then, here)
+            if progress.layout != now.layout:
+                then, here = Layout(**progress.layout), Layout(**now.layout)
+                log.info("the checkpoint is of %s, this run has %s: it is shared out anew", then, here)
             with user_errors():
                 reshape.load(engine, newest)
-        own = newest / f"rank{self.world.rank}.pt"
-        state = torch.load(own if own.is_file() else newest / "rank0.pt", map_location="cpu", weights_only=True)
-        buffers = dict(engine.module.named_buffers())
-        for name, value in state["buffers"].items():
-            buffers[name].copy_(value)
         _set_random_state(state["random"])
-        if (scaler := reshape.grad_scaler(engine)) is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
         if average is not None:
             average.load_average(torch.load(newest / "ema.pt", map_location="cpu", weights_only=True))
         self.last = newest

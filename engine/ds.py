@@ -85,6 +85,11 @@ def merge(config: BaseConfig, world_size: int, device_type: str) -> dict[str, An
         )
     if _half_precision(merged) and device_type == "cpu":
         raise ConfigError(f"deepspeed={config.deepspeed}: a CPU has no fp16; use a *_fp32 or *_bf16 configuration")
+    if _half_precision(merged) and stage:
+        raise ConfigError(
+            f"deepspeed={config.deepspeed}: at ZeRO-{stage} DeepSpeed's loss scale for fp16 does not fall after an overflow, and "
+            "every step after it is left out; use zero0_fp16 or a *_bf16 configuration"
+        )
     if any(merged.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
         raise ConfigError(
             f"deepspeed={config.deepspeed} enables DeepSpeed's bf16 or fp16 section, which casts weights and breaks "

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -99,6 +100,7 @@ def main(program: Program, words: list[str]) -> int:
     except StoppedRunError as told:
         if rank == 0:
             say(str(told), sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends; it would hide the exit code
         return EXIT_REQUEUE
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine import zero3
 from engine.checkpoint import Layout
 from engine.config import ConfigError
 from engine.safe_files import safe_checkpoint_engine
@@ -134,6 +135,8 @@ def initialize(method: nn.Module, optimizer: torch.optim.Optimizer, merged: dict
     engine.checkpoint_engine = safe_checkpoint_engine(engine)
     # DeepSpeed puts a script beside its files that unpickles them unsafely; models.interop reads them.
     engine._copy_recovery_script = lambda *_: None
+    if stage_of(merged) == 3:
+        zero3.adapt(engine)
     return engine
 
 

@@ -332,7 +332,9 @@ class _Run:
         requeued = self.stopped_by == faults.REQUEUE and self.world.agree(self.world.is_main and slurm.requeue())
         if requeued:
             log.info("step %d: the job is queued again, and continues from %s", step, self.checkpoints.last)
-            time.sleep(60)  # Slurm ends the job now; an exit code of ours would be taken for a failure
+            until = time.monotonic() + 60  # Slurm ends the job now, with SIGTERM first
+            while faults.STOP not in faults.received() and time.monotonic() < until:
+                time.sleep(0.1)
         raise faults.StoppedRunError(
             f"stopped by a signal after step {step}; the same command continues from {self.checkpoints.last}"
         )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.reshape import read
+from engine.reshape import _kept, _Part, read
+from formats.zero import Spread
 from tests import launch
 from tests.models.interop.pickles import Call
 
@@ -138,3 +139,13 @@ def test_nothing_in_a_checkpoint_is_run(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds Python objects such as"):
         read(folder)
     assert not (tmp_path / "run").exists()
+
+
+def test_parameters_of_one_group_that_took_fewer_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """ZeRO-0 leaves out what has no gradient; in one flat tensor all take the same steps."""
+    part = _Part(torch.zeros(4), 0, ["a", "b", "never"], [("a", 0, 1, 0), ("b", 1, 3, 1), ("never", 0, 1, 3)])
+    spreads = {name: Spread(torch.Size([3]), (torch.arange(2.0), torch.tensor([5.0]))) for name in "ab"}
+    saved = {name: {"step": torch.tensor(steps), "exp_avg": spreads[name]} for name, steps in (("a", 3.0), ("b", 2.0))}
+    kept = dict(_kept(part, saved))
+    assert kept["step"] == 3 and kept["exp_avg"].tolist() == [0, 1, 5, 0]
+    assert "step of b was 2, at this stage it is its group's, 3" in caplog.text

@@ -73,9 +73,9 @@ class Loader:
     ) -> None:
         """``batch_size`` is per rank.
 
-        ``max_broken``: the run stops when more than this share of the files is broken, and (unless it is 0) at least 10 or all of them. In shuffled
-        order it stops as soon as the files seen so far show it (three standard deviations above the share), in fixed order, where
-        broken files may lie together, once they exceed the share of all the files of this rank.
+        ``max_broken``: the run stops when more than this share of the files is broken, and (unless it is 0) at least 10 or all of them. In random
+        order it stops as soon as the files seen so far show it (three standard deviations above the share), in fixed order and
+        shard by shard, where broken files may lie together, once they exceed the share of all the files of this rank.
 
         ``repeats`` (repeated augmentation, Hoffer et al. 2020): each index stands that many times in a row in the epoch's stream
         (so its copies fall on different ranks, or next to each other), each copy augmented on its own; the epoch's length stays,
@@ -258,7 +258,7 @@ class Loader:
             return
         failed, seen = len(self.broken), int(self._seen.sum())
         limit = self.max_broken * self._reach
-        if self._order.shuffle:  # what was seen is a random sample: clearly too many (3 sigma) of it are enough
+        if self._order.random:  # what was seen is a random sample: clearly too many (3 sigma) of it are enough
             limit = min(limit, self.max_broken * seen + 3 * (self.max_broken * seen) ** 0.5)
         if failed > limit and (failed >= min(10, self._reach) or not self.max_broken):
             named = "; ".join(f"{path}: {reason}" for path, reason in list(self.broken.items())[:3])

@@ -67,6 +67,8 @@ class Order:
             in_order = index.shards
         self._in_blocks = in_order
         """(number of roots,) bool, which roots are shuffled in blocks."""
+        self.random = shuffle and not in_order.any()
+        """Whether the first images of an epoch are a random sample of all."""
         self._block = shuffle_block or STREAM_BLOCK
 
     def __len__(self) -> int:

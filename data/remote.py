@@ -21,6 +21,7 @@ TIMEOUT = 60.0
 """Seconds after which a silent server counts as gone."""
 
 _PIECE = 1 << 20
+_NO_COMMAND = {126, 127}
 _PASSING = {408, 425, 429}
 """HTTP errors below 500 that pass: time-outs and too many requests."""
 
@@ -53,7 +54,7 @@ class ShardStream:
 
         Raises:
             data.patience.StorageGoneError: nothing came for too long.
-            FileNotFoundError: the server has no such shard, or refuses it.
+            FileNotFoundError: the server has no such shard, or refuses it; there is no such command.
             EOFError: the stream was closed.
         """
         found = bytearray()
@@ -88,6 +89,8 @@ class ShardStream:
                 raise FileNotFoundError(f"{self.address}: the server answers {error.code} {error.reason}") from None
             return b"", f"{error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
             return b"", f"{type(error).__name__}: {error}"
 
     def _read(self, count: int) -> bytes:
@@ -99,6 +102,8 @@ class ShardStream:
     def _problem(self) -> str:
         """Why there are no more bytes, "" where it is the proper end."""
         if self._process is not None and (code := self._process.wait()):
+            if code in _NO_COMMAND:
+                raise FileNotFoundError(f"{self.address}: the shell finds no such command, or may not run it")
             return f"the command ended with {code} at byte {self._at}"
         if getattr(self._file, "length", None):  # of a response: what it still owes
             return f"the connection ended at byte {self._at}"
@@ -114,7 +119,8 @@ class ShardStream:
             self._file, self._at = self._process.stdout, 0
         else:
             response = _request(self.address, self._next)
-            self._file, self._at = response, self._next if response.status == 206 else 0
+            given = response.headers.get("Content-Range", "").partition("-")[0]
+            self._file, self._at = response, self._next if given == f"bytes {self._next}" else 0
 
     def _drop(self) -> None:
         """Close what is open, and end the command."""

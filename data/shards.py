@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data.part import Part
+from data.patience import StorageGoneError
 from data.remote import ShardStream, fetch
 from data.shard_index import FOLDER, INDEX_NAME, NONE, NUMBER, WORD, Omitted, ShardIndex, join, read_tar
 from data.tar import TarError
@@ -161,6 +162,8 @@ def _scan(
             return scan(addresses[i], lengths[i], omitted)
         except TarError as error:
             raise ValueError(f"{addresses[i]}: {error}") from error
+        except StorageGoneError as error:
+            raise ValueError(str(error)) from error
 
     with ThreadPoolExecutor(_SCANNERS) as pool:
         for i, part in enumerate(pool.map(one, range(len(addresses)))):

@@ -33,7 +33,7 @@ PREFETCH = 2
 """Tasks that each worker has at a time."""
 MAX_DEATHS, WITHIN = 3, 100
 """A pool gives up when more workers than this die within so many tasks."""
-_LOOK_FOR_PARENT = 2.0
+_LOOK_FOR_PARENT = 1.0
 _GOODBYE = 5.0
 
 

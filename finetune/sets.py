@@ -86,7 +86,7 @@ def find_val(data: FinetuneData, class_names: list[str] | None) -> ImageIndex:
     names = read_classes(data.class_list) or class_names
     if names is None and (data.val_path or val):
         # All classes of the training set, of which the images to evaluate may have some only.
-        train = root / "train" if (root / "train").is_dir() else root if data.val_path else None
+        train = str(root / "train") if (root / "train").is_dir() else data.path if data.val_path else None
         names = None if train is None else ImageIndex.scan(train, classes=True).class_names
     return ImageIndex.scan(data.val_path or val or data.path, classes=True, class_names=names)
 

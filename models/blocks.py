@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from models.sparse import SparseTensor
+from models.sparse.tensor import SparseTensor, known, plain, wrap
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -111,20 +111,22 @@ class Arranged(nn.Module):
             return super().forward(*args, **kwargs)
         # As single tensors, each of which is kept and checked; a list might have grown by the backward pass (DenseNet's).
         values, structure = tree_flatten((args, kwargs))
-
+        sites = [known(value) if isinstance(value, SparseTensor) else None for value in values]
         run = super().forward
-        # A sparse map goes through Python at every function: there is nothing to compile.
-        if self.compiled and not any(isinstance(value, SparseTensor) for value in values):
+        if self.compiled and not any(sites):  # a sparse map goes through Python at every function
             run = functools.partial(_program(type(self).__mro__[2]), self)
-
-        def unflattened(*values: Any) -> Any:
-            args, kwargs = tree_unflatten(values, structure)
+        if not self.recompute:
             return run(*args, **kwargs)
 
-        if not self.recompute:
-            return unflattened(*values)
+        def again(*values: Any) -> Any:
+            wrapped = [value if s is None else wrap(value, s) for value, s in zip(values, sites, strict=True)]
+            args, kwargs = tree_unflatten(wrapped, structure)
+            return run(*args, **kwargs)
+
         contexts = nullcontext(), _statistics_kept(self)
-        return checkpoint(unflattened, *values, use_reentrant=False, context_fn=lambda: contexts)
+        # Of what autograd keeps only the values are sure to come back, not what Python knows of them.
+        bare = [plain(value) if isinstance(value, SparseTensor) else value for value in values]
+        return checkpoint(again, *bare, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from models.sparse.tensor import (
     SparseTensor,
     Window,
     image_values,
+    known,
     map_values,
     nchw,
     plain,
@@ -92,8 +93,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if any(value.sites.geometry is not sites.geometry for value in found):
         raise SparseError(f"{name} of features of two masks: features of one call only can be put together")
     for value in found:
-        if value.kept_version != value._version and value.sites.clean:  # changed in place, perhaps through a view
-            value.sites = dataclasses.replace(value.sites, clean=False)
+        known(value)
     sites = first.sites
     if name not in ("conv2d", "max_pool2d", "avg_pool2d") and any(value.sites.pad for value in maps):
         raise SparseError(f"{name} of a padded map: only a convolution or pooling may follow the padding")

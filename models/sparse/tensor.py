@@ -111,6 +111,13 @@ def wrap(tensor: Tensor, sites: Sites) -> SparseTensor:
     return wrapped
 
 
+def known(x: SparseTensor) -> Sites:
+    """What is known of ``x`` now; not that hidden sites hold zeros, if it was changed in place, perhaps through a view."""
+    if x.kept_version != x._version and x.sites.clean:
+        x.sites = dataclasses.replace(x.sites, clean=False)
+    return x.sites
+
+
 def dense(value: Any) -> Any:
     """Plain tensors of a network's output: maps as (B, C, H, W) with zeros where hidden, pooled values as (B, ...).
 

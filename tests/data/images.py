@@ -111,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = path.read_bytes()
         if first and self.server.ranges:
             self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
             content = content[first:]
         else:
             self.send_response(200)

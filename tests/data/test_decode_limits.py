@@ -165,7 +165,7 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
     named = io.BytesIO()
     np.save(named, np.zeros((3, 3), [("猫", "u1")]))
-    with pytest.raises(DecodeError, match="version 3"):
+    with pytest.raises(DecodeError, match="with named fields, is no image"):
         decode(named.getvalue(), 1)
     plain = io.BytesIO()
     np.save(plain, np.zeros((3, 3), [("a", "u1")]))

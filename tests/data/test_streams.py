@@ -347,6 +347,34 @@ def test_a_command_that_fails_is_run_again(shards: Path, tmp_path: Path) -> None
     assert len(count.read_text().split()) == 13
 
 
+def test_a_command_that_does_not_exist(shards: Path) -> None:
+    """Found out at once, also where it is to be counted."""
+    index = ImageIndex.scan(_pipes(shards, "no_such_command"), classes=False)
+    with pytest.raises(RuntimeError, match="the shell finds no such command"):
+        list(train(index).batches(0))
+    with pytest.raises(FileNotFoundError, match="the shell finds no such command"):
+        ImageIndex.scan("pipe:no_such_command x.tar", classes=False)
+
+
+def test_broken_images_that_lie_together(shards: Path, tmp_path: Path) -> None:
+    """Of the first twelve images of an epoch eleven are broken, of all no quarter: no reason to stop, unless the order is random."""
+    copy = tmp_path / "train"
+    shutil.copytree(shards, copy)
+    index = ImageIndex.scan(_pipes(copy), classes=False)
+    local = ImageIndex.scan(copy, classes=False)
+    first = list(itertools.chain(*indices(train(index).batches(0))))[:11]
+    for i in first:
+        with open(local.roots[local.root_ids[i]], "r+b") as file:
+            file.seek(int(local.starts[i]) * 512)
+            file.write(b"broken")
+    loader = train(index, max_broken=0.25)
+    assert len(list(loader.batches(0))) == 11 and len(loader.broken) == 11
+    loader = train(index, max_broken=0.25)
+    loader._order.random = True
+    with pytest.raises(RuntimeError, match="are broken"):
+        list(loader.batches(0))
+
+
 @pytest.mark.parametrize("command", ["false", "head -c 700", "true"])
 def test_a_command_that_never_works_ends_the_run(shards: Path, command: str) -> None:
     index = ImageIndex.scan(_pipes(shards, command), classes=False)

@@ -15,6 +15,8 @@ from data.pack import PackSettings, pack
 from engine import cli
 from engine.log import read_log
 from finetune.__main__ import PROGRAM as FINETUNE
+from finetune.config import FinetuneData
+from finetune.sets import find_val
 from models.dvae import DVAE, save_tokenizer
 from pretrain.__main__ import PROGRAM as PRETRAIN
 from tests.data.images import serve
@@ -94,6 +96,14 @@ def test_labelled_shards(digits: Path, tmp_path: Path) -> None:
             found.append(json.loads((folder / "results.json").read_text()))
     numbers = [[{key: one[key] for key in one if "seconds" not in key} for one in result] for result in found]
     assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_the_classes_of_a_stream_number_what_is_evaluated(digits: Path) -> None:
+    with serve(digits / "packed/train") as server:
+        path = server.address + "/train-{000000..000007}.tar"
+        data = FinetuneData(path=path, val_path=f"{digits}/digits/val")
+        assert find_val(data, None).class_names == [str(number) for number in range(10)]
+        assert {name for name, _ in server.asked} == {"index.npz"}
 
 
 def _workers_of(pid: int) -> list[int]:

@@ -58,6 +58,8 @@ def synchronise(module: nn.Module, world: World) -> int:
             norm.__class__ = _synchronised(type(norm))  # type: ignore[arg-type]
             norm.batch_norm = batch_norm  # type: ignore[assignment]
             count += 1
+        elif type(norm).__name__.startswith("Frozen"):  # whose statistics never change
+            continue
         elif isinstance(norm, _BatchNorm) or ("running_var" in norm._buffers and not isinstance(norm, _NormBase)):
             raise ConfigError(
                 f"{name} ({type(norm).__name__}) takes statistics over a batch in a way that is not known here, so that those "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine import reshape
 from engine.config import ConfigError, getattr_path, settings, user_errors
-from engine.files import file_digest, write_json, write_text
+from engine.files import file_digest, sync, write_json, write_text
 from engine.safe_files import HASHES, damage, write_hashed
 from engine.world import World
 
@@ -172,13 +172,18 @@ class Checkpoints:
             try:
                 write_json(draft / HASHES, {file: digest for part in hashes for file, digest in part.items()})
                 draft.rename(final)
-                write_text(self.folder / "latest", name)
-                self._prune()
+                sync(self.folder)  # it is on the disk before older ones leave it
             except OSError as error:
                 problem = str(error)
         if problem := self._first(problem):
             return self._gave_up(draft, problem)
         self.last = final
+        if self.world.is_main:
+            try:
+                write_text(self.folder / "latest", name)
+                self._prune()
+            except OSError as error:
+                log.warning("older checkpoints of %s cannot be tidied up: %s", self.folder, error)
         log.info("checkpoint %s (%.1f s)", final, time.perf_counter() - started)
         return final
 
@@ -204,14 +209,25 @@ class Checkpoints:
             log.error("checkpoint %s cannot be written: %s; %s", draft.name.removeprefix(_DRAFT), problem, kept)
         return None
 
-    def mark_best(self, step: int, value: float) -> None:
-        """Keep the checkpoint of ``step`` if ``value``, of which higher is better, is the best so far; on rank 0."""
-        if (self.folder / f"step{step:08d}").is_dir() and value > self._best().get("value", float("-inf")):
-            write_json(self.folder / "best.json", {"step": step, "value": value})
+    def mark_best(self, step: int, of: str, value: float) -> None:
+        """Keep the checkpoint of ``step`` if ``value``, of which higher is better, is the best so far; on rank 0.
+
+        ``of``: which value it is; the best of another one does not count.
+        """
+        best = self._best()
+        if not (self.folder / f"step{step:08d}").is_dir():
+            log.warning("step %d was evaluated, but has no checkpoint that could be kept (train.save_epochs)", step)
+        elif best.get("of") != of or value > best["value"]:
+            try:
+                write_json(self.folder / "best.json", {"step": step, "of": of, "value": value})
+            except OSError as error:
+                log.warning("best.json cannot be written: %s", error)
 
     def _best(self) -> dict[str, Any]:
-        path = self.folder / "best.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            return json.loads((self.folder / "best.json").read_text())
+        except (OSError, ValueError):  # none yet
+            return {}
 
     def _prune(self) -> None:
         found = self.complete()
@@ -225,8 +241,17 @@ class Checkpoints:
 
     def check(self, now: Progress) -> None:
         """Refuse to continue the run that is there, if there is one, with settings that make it another."""
-        if found := self.complete():
-            read_progress(found[-1]).check(now)
+        for newest in reversed(self._listed()):
+            try:
+                progress = read_progress(newest)
+            except ConfigError:  # damaged, or of another version: told when it is to be loaded
+                continue
+            progress.check(now)
+            return
+
+    def _listed(self) -> list[Path]:
+        """Finished checkpoints as rank 0 sees them: a network disk may show each machine others."""
+        return self.world.gather(self.complete())[0]
 
     def resume(self, engine: Any, average: Any, now: Progress) -> Progress:
         """Load the newest checkpoint that is whole -> where it stands; ``now`` where there is none.
@@ -237,8 +262,7 @@ class Checkpoints:
         if self.world.is_main:
             for left in (*self.folder.glob(f"{_DRAFT}*"), *self.folder.glob(f"{_REMOVED}*")):
                 shutil.rmtree(left, ignore_errors=True)
-        self.world.barrier()
-        found = self.complete()
+        found = self._listed()
         while found:
             newest = found.pop()
             if wrong := damage(newest, self.world):

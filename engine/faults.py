@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,12 +38,21 @@ def listen() -> None:
     comes when it is preempted, or from a launcher that ends: the run stops, ready to be continued. Where a launcher
     has started this process and dies, the kernel sends it SIGTERM: nobody would collect it.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return  # a run within a larger program, whose signals these are
     signal.signal(STOP, _note)
     signal.signal(REQUEUE, _note)
     if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # torchrun's and deepspeed's
         with contextlib.suppress(OSError, AttributeError):
             pr_set_pdeathsig = 1
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def unlisten() -> None:
+    """From now on the signals end this process at once: it takes no steps after which they would be heeded."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(STOP, signal.SIG_DFL)
+        signal.signal(REQUEUE, signal.SIG_DFL)
 
 
 def _note(number: int, frame: Any) -> None:

@@ -17,9 +17,19 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         draft.chmod(0o666 & ~mask)  # safetensors makes files that only their owner reads
+        sync(draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk: a power cut must not leave an empty one."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_digest(path: str | Path) -> str:

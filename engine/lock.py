@@ -77,6 +77,8 @@ def lock(folder: Path, world: World) -> FolderLock:
             found = FolderLock(folder, PATIENCE)
         except ConfigError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"output_dir={folder} cannot be written: {error.strerror or error}"
     if problem := next((said for said in world.gather(problem) if said), ""):
         raise ConfigError(problem)
     return found or FolderLock.none()

@@ -118,6 +118,7 @@ class _Run:
 
     def fit(self) -> Summary:
         plan, started = self.plan, time.perf_counter()
+        faults.listen()
         self.watchdog = Watchdog(self.world, 60 * self.train.timeout_minutes)
         bar = progress(None, self.world, self.config.recipe, total=plan.steps, unit="step")
         step, batches = self._resume(bar)
@@ -144,6 +145,7 @@ class _Run:
             self.run_log.close()
             self.watchdog.close()
             self.lock.release()
+            faults.unlisten()
         return Summary(plan.steps, time.perf_counter() - started, self.results)
 
     def _resume(self, bar: Any) -> tuple[int, Iterator[dict[str, Tensor]]]:
@@ -212,7 +214,9 @@ class _Run:
             beat(step + 1, "in the forward pass")
             output = self.engine(batch)
             beat(step + 1, "in the backward pass")
-            self.engine.backward(output["loss"])
+            loss = output["loss"]
+            # Gradients may be finite all the same: ZeRO looks at them alone, and would take the step.
+            self.engine.backward(loss if math.isfinite(loss.item()) else loss * math.nan)
             if part < parts - 1:
                 self.engine.step()
             for key, value in output.items():
@@ -302,7 +306,7 @@ class _Run:
             if train.keep_best:
                 value = self._judged()
                 if self.world.is_main:
-                    self.checkpoints.mark_best(step, value)
+                    self.checkpoints.mark_best(step, train.keep_best, value)
         if last or self._ends_epochs(step, train.picture_epochs):
             self._pictures(step)
 
@@ -450,14 +454,18 @@ def peak_memory(device: torch.device) -> int:
 
 def _prepare_folder(folder: Path, config: BaseConfig, merged: dict[str, Any], world: World) -> None:
     """The run folder, with what the run was asked to do."""
+    problem = ""
     if world.is_main:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
-        write_json(folder / "ds_config.json", merged)
-        write_json(
-            folder / "run.json", {"git_commit": _git_commit(), "world_size": world.size, "torch": torch.__version__}
-        )
-    world.barrier()
+        versions = {"git_commit": _git_commit(), "world_size": world.size, "torch": torch.__version__}
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.yaml", to_yaml(config))
+            write_json(folder / "ds_config.json", merged)
+            write_json(folder / "run.json", versions)
+        except OSError as error:
+            problem = str(error)
+    if problem := next((said for said in world.gather(problem) if said), ""):
+        raise ConfigError(f"output_dir={folder} cannot be written: {problem}")
 
 
 def _git_commit() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.config import ConfigError
 from engine.files import file_digest
 from engine.world import World
 
@@ -67,20 +68,30 @@ def damage(folder: Path, world: World) -> str:
     """What is wrong with a checkpoint, empty if nothing: every file has the sha256 of ``hashes.json``.
 
     Every process reads its share of the files, and all of them get the same answer.
+
+    Raises:
+        ConfigError: a file is there and cannot be read now, which is no reason to do without it.
     """
+    unread = ""
     try:
         hashes: dict[str, str] = json.loads((folder / HASHES).read_text())
         wrong = ""
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         hashes, wrong = {}, f"{HASHES} cannot be read ({error})"
+    except OSError as error:
+        hashes, wrong, unread = {}, "", str(error)
     for name in sorted(hashes)[world.rank :: world.size]:
         try:
             if file_digest(folder / name) != hashes[name]:
                 wrong = f"{name} is not as it was written ({(folder / name).stat().st_size} bytes)"
+        except FileNotFoundError:
+            wrong = f"{name} is missing"
         except OSError as error:
-            wrong = f"{name} cannot be read ({error.strerror})"
-        if wrong:
+            unread = str(error)
+        if wrong or unread:
             break
+    if unread := next((said for said in world.gather(unread) if said), ""):
+        raise ConfigError(f"{folder} cannot be read now ({unread}): see to its disk, and give the same command again")
     return next((said for said in world.gather(wrong) if said), "")
 
 

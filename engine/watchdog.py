@@ -20,6 +20,8 @@ from engine.world import World
 log = logging.getLogger(__name__)
 
 EXIT_HUNG = 1
+_ORPHAN = 60.0
+"""Seconds that a process whose launcher has died may stand still."""
 _ANSWER = 10.0
 """Seconds that the meeting point of the processes has to answer, at most."""
 
@@ -49,6 +51,7 @@ class Watchdog:
         """``timeout`` in seconds; 0: never."""
         self._world, self._timeout = world, timeout
         self._count, self._step, self._doing, self._since = 0, 0, "starting", time.time()
+        self._moved, self._parent = time.monotonic(), os.getppid()
         self._end = threading.Event()
         self._store: Any = dist.distributed_c10d._get_default_store() if timeout and world.size > 1 else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -58,7 +61,7 @@ class Watchdog:
     def beat(self, step: int, doing: str) -> None:
         """The run gets on: it is in ``step`` (the first is 1), and ``doing`` comes next."""
         self._count += 1
-        self._step, self._doing, self._since = step, doing, time.time()
+        self._step, self._doing, self._since, self._moved = step, doing, time.time(), time.monotonic()
 
     @contextmanager
     def during(self, step: int, doing: str) -> Iterator[None]:
@@ -69,7 +72,7 @@ class Watchdog:
             return
 
         def alive(*_: Any) -> None:
-            self._since = time.time()
+            self._since, self._moved = time.time(), time.monotonic()
 
         hook = torch.nn.modules.module.register_module_forward_pre_hook(alive)
         try:
@@ -86,15 +89,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(min(self._timeout / 10, 10.0)):
-            late = time.time() - self._since > self._timeout
+            late = self._late()
+            if os.getppid() != self._parent and time.monotonic() - self._moved > min(self._timeout, _ORPHAN):
+                sys.stderr.write(f"error: rank {self._world.rank}: the launcher is gone, and the run does not get on\n")
+                os._exit(EXIT_HUNG)
             try:
                 others = self._exchange(wait=self._timeout / 5 if late else 0.0)
             except Exception as error:  # the meeting point has gone with its process
                 others, told = [], f"; the other processes cannot be asked ({error})"
             else:
                 told = ""
-            if late and not self._end.is_set() and time.time() - self._since > self._timeout:
+            if late and not self._end.is_set() and self._late():
                 self._bark(others, told)
+
+    def _late(self) -> bool:
+        return time.monotonic() - self._moved > self._timeout
 
     def _mine(self) -> Beat:
         return Beat(self._world.rank, self._count, self._step, self._doing, self._since, time.time())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.loader import Loader
 from data.sources import ImageIndex
+from engine import faults
 from engine.config import ConfigError, user_errors
 from engine.files import write_json
 from engine.log import progress
@@ -114,6 +115,7 @@ def labels(config: AnalyseConfig) -> list[str]:
 
 def run(config: AnalyseConfig, world: World) -> None:
     """Measure each network; a result per network goes to results.json, all numbers to analysis.json, plots to plots/."""
+    faults.unlisten()
     folder, found = Path(config.output_dir), []
     index = images(config)
     for encoder, label in zip(encoders(config), labels(config), strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.loader import Loader
-from engine import ds, loop
+from engine import ds, faults, loop
 from engine.blocks import block_options
 from engine.config import ConfigError, user_errors
 from engine.loop import Hooks
@@ -194,6 +194,7 @@ def build(config: ClassifyConfig, world: World) -> tuple[Classifier, Loader, set
 
 def _evaluate_only(config: ClassifyConfig, world: World) -> None:
     """Evaluate the whole model in ``encoder.pretrained``."""
+    faults.unlisten()
     started = time.perf_counter()
     data = sets.at_eval_size(config.data)
     with user_errors():

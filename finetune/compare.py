@@ -22,7 +22,7 @@ from data.sources import ImageIndex
 from engine import cli, ds
 from engine.checkpoint import identity
 from engine.config import ConfigError, user_errors
-from engine.faults import NonFiniteLossError
+from engine.faults import NonFiniteLossError, StoppedRunError, listen
 from engine.files import write_json
 from engine.log import setup
 from engine.world import World, join
@@ -64,6 +64,7 @@ def main(program: cli.Program, flags: list[str], words: list[str]) -> int:
     if "--dry_run" not in flags:
         cli.make_folder(root_of(runs))
     setup(int(os.environ.get("RANK", "0")))
+    listen()
     with join(runs[0].config.threads) as world:
         if hasattr(runs[0].config, "deepspeed"):
             for run in runs:
@@ -98,8 +99,7 @@ class Comparison:
         self.smaller = False
         self.asked = {
             run.name: _plain(
-                identity(run.config)
-                | {"encoder.pretrained": weights[run.init], "images": images[:16] + images[64:80]}
+                identity(run.config) | {"encoder.pretrained": weights[run.init], "images": images[:16] + images[64:80]}
             )
             for run in runs
         }
@@ -237,6 +237,8 @@ class Comparison:
         try:
             self.program.run(run.config, world)
             reason = ""
+        except StoppedRunError:
+            raise  # all that follow are stopped as well
         except Exception as error:
             # Several processes all meet a loss that is not finite. Anything else may be the trouble of one of them,
             # for which the others wait in the middle of a step: that ends the command.

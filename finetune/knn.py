@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.sources import ImageIndex
+from engine import faults
 from engine.config import ConfigError, user_errors
 from engine.loop import peak_memory
 from engine.report import keep_settings, record
@@ -64,6 +65,7 @@ def check(config: KNNConfig) -> None:
 
 def run(config: KNNConfig, world: World) -> None:
     """Measure and append one result per ``knn.k`` to results.json."""
+    faults.unlisten()
     started = time.perf_counter()
     frozen, found = build(config, world)
     keys = unit_features(frozen, found.train, config, world)

@@ -118,15 +118,20 @@ class Arranged(nn.Module):
         if not self.recompute:
             return run(*args, **kwargs)
 
-        def again(*values: Any) -> Any:
-            wrapped = [value if s is None else wrap(value, s) for value, s in zip(values, sites, strict=True)]
-            args, kwargs = tree_unflatten(wrapped, structure)
+        first = [(args, kwargs)]
+
+        def pass_through(*values: Any) -> Any:
+            if first:
+                args, kwargs = first.pop()  # as they came, so that gradients are added up in the order they always are
+            else:
+                whole = [value if s is None else wrap(value, s) for value, s in zip(values, sites, strict=True)]
+                args, kwargs = tree_unflatten(whole, structure)
             return run(*args, **kwargs)
 
         contexts = nullcontext(), _statistics_kept(self)
         # Of what autograd keeps only the values are sure to come back, not what Python knows of them.
         bare = [plain(value) if isinstance(value, SparseTensor) else value for value in values]
-        return checkpoint(again, *bare, use_reentrant=False, context_fn=lambda: contexts)
+        return checkpoint(pass_through, *bare, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""``python -m pretrain RECIPE [key=value ...]``: pre-train an encoder, or a tokenizer, on unlabelled images."""
+"""``python -m pretrain RECIPE [key=value ...]``: pre-train an encoder, or a tokenizer, on unlabelled images.
+
+``python -m pretrain plan RECIPE nodes=8 gpus=8 memory=80``: what that needs of a cluster (pretrain/plan.py).
+"""
 
 import sys
 import time
@@ -15,6 +18,7 @@ from engine.ds import micro_batch_size
 from engine.loop import Hooks, dry_run, fit
 from engine.report import record
 from engine.world import World, seed_step, to_device
+from pretrain import plan
 from pretrain.methods import METHODS, SCHEMAS
 
 NUM_PICTURES = 8
@@ -101,6 +105,7 @@ PROGRAM = cli.Program(
     check=check,
     run=run,
     dry_run=try_out,
+    commands={"plan": plan.main},
 )
 
 if __name__ == "__main__":

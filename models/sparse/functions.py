@@ -120,7 +120,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             f"{_title(func)} is not known to look at one site alone: it may see hidden or miss visible ones"
         )
     _refuse_plain_rows(name, args, kwargs, sites)
-    if name == "relu" and first.again:
+    if name == "relu" and first.again and worth_it():
         result, again = relu_again(first.again, lambda: func(*args, **kwargs))
         out = wrap(result, sites)
         out.again = again
@@ -505,7 +505,7 @@ def _conv2d(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         rows, columns = pair(padding)
         amounts = (columns, columns, rows, rows)
     pad = _merged(x.sites.pad, amounts, "conv2d", 0.0)
-    with x.again.keeping() if x.again else nullcontext():
+    with x.again.keeping() if x.again and worth_it() else nullcontext():
         out = x.sites.geometry.conv2d(
             plain(x), x.sites, weight, bias, stride=stride, pad=pad, dilation=dilation, groups=given.get("groups", 1)
         )

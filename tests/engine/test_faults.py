@@ -256,10 +256,14 @@ def test_a_run_that_cannot_be_helped_stops_in_one_line(words: tuple[str, ...], t
     assert len(errors) == 1 and told in errors[0] and "Traceback" not in place.said(0) + place.said(1)
 
 
-@pytest.mark.parametrize(
-    "file", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt", "rank1.pt"]
-)
-@pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
+DAMAGES = [
+    (file, how)
+    for how in ("truncated", "changed", "missing")
+    for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt", "rank1.pt", "progress.json")
+]
+
+
+@pytest.mark.parametrize(("file", "how"), [*DAMAGES, ("hashes.json", "truncated"), ("hashes.json", "missing")])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     file: str, how: str, tmp_path: Path, whole: Callable[[str], Place]
 ) -> None:

@@ -13,7 +13,7 @@ from pretrain.methods import METHODS
 RESNET = "encoder.kwargs={output_stride: 8, layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}"
 CONVNEXT = "encoder.kwargs={output_stride: 8, depths: [1, 1, 1, 1], dims: [8, 16, 16, 24], conv_mlp: false}"
 VIT = "encoder.kwargs={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"
-CONVVIT = "encoder.kwargs={patch_sizes: [2, 2, 2], embed_dims: [8, 16, 32], depths: [1, 1, 2], num_heads: 2, mlp_ratios: [2, 2, 2]}"
+CONVVIT = "encoder.kwargs={patch_sizes: [1, 2, 2], embed_dims: [8, 16, 32], depths: [1, 1, 2], num_heads: 2, mlp_ratios: [2, 2, 2]}"
 CIM = ["digits_cim", VIT, "cim.generator_dim=32", "cim.generator_heads=2", "cim.generator_depth=2"]
 SMALL: dict[str, list[str]] = {
     "spark_resnet": ["digits_spark", RESNET, "spark.decoder_dim=32", "data.image_size=48"],

@@ -83,7 +83,7 @@ def test_an_encoder_without_blocks_is_refused(tokenizer: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cim_respix", "spark_resnet"])
 def test_compilation_at_zero_3_is_refused(name: str, tokenizer: Path) -> None:
-    with pytest.raises(ConfigError, match="train.compile=true does not go with deepspeed=zero3_fp32"):
+    with pytest.raises(ConfigError, match=r"train\.compile=true does not go with deepspeed=zero3_fp32"):
         build(name, tokenizer, "train.compile=true", "deepspeed=zero3_fp32", "optim.name=adamw")
 
 

@@ -25,6 +25,14 @@ _NO_COMMAND = {126, 127}
 _PASSING = {408, 425, 429}
 """HTTP errors below 500 that pass: time-outs and too many requests."""
 
+_starting = threading.Lock()
+"""Held while a command is started. A worker that is forked by another thread at that moment would inherit ends of its pipes, keep them
+open, and let us wait for their end until the worker is gone."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release
+    )  # fmt: skip
+
 
 class ShardStream:
     """One shard, read forwards.
@@ -111,11 +119,12 @@ class ShardStream:
 
     def _open(self) -> None:
         if self.address.startswith("pipe:"):
-            # Its own session: a Ctrl-C is not for it, and it can be ended with all that it started.
-            self._process = subprocess.Popen(
-                ["/bin/sh", "-c", self.address[len("pipe:") :]],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
+            with _starting:
+                # Its own session: a Ctrl-C is not for it, and it can be ended with all that it started.
+                self._process = subprocess.Popen(
+                    ["/bin/sh", "-c", self.address[len("pipe:") :]],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
+                )  # fmt: skip
             self._file, self._at = self._process.stdout, 0
         else:
             response = _request(self.address, self._next)

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine import reshape
 from engine.config import ConfigError, getattr_path, settings, user_errors
 from engine.files import file_digest, sync, write_json, write_text
-from engine.safe_files import HASHES, damage, write_hashed
+from engine.safe_files import HASHES, damage, is_whole, write_hashed
 from engine.world import World
 
 log = logging.getLogger(__name__)
@@ -242,12 +242,11 @@ class Checkpoints:
     def check(self, now: Progress) -> None:
         """Refuse to continue the run that is there, if there is one, with settings that make it another."""
         for newest in reversed(self._listed()):
-            try:
-                progress = read_progress(newest)
-            except ConfigError:  # damaged, or of another version: told when it is to be loaded
-                continue
-            progress.check(now)
-            return
+            if is_whole(
+                newest, "progress.json"
+            ):  # else it is told when it is to be loaded, and the one before it counts
+                read_progress(newest).check(now)
+                return
 
     def _listed(self) -> list[Path]:
         """Finished checkpoints as rank 0 sees them: a network disk may show each machine others."""

@@ -64,6 +64,14 @@ def write_hashed(path: Path, content: Any) -> str:
         file.close()
 
 
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether one file of a checkpoint is as it was written."""
+    try:
+        return file_digest(folder / name) == json.loads((folder / HASHES).read_text())[name]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def damage(folder: Path, world: World) -> str:
     """What is wrong with a checkpoint, empty if nothing: every file has the sha256 of ``hashes.json``.
 

@@ -124,6 +124,18 @@ def test_a_killed_worker_on_streams(images: Path, tmp_path: Path) -> None:
         assert same(got, whole) and loader.restarts == 2
 
 
+def test_workers_forked_while_commands_start(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked worker must not hold the pipes of a command that another thread is starting: nothing would ever end them."""
+    monkeypatch.setattr("data.workers.MAX_DEATHS", 10**6)
+    pack(str(images), tmp_path / "out", PackSettings(shard_size=2, workers=1))
+    streams = ImageIndex.scan(f"{tmp_path}/out/index.npz,pipe:cat {tmp_path}/out/out-{{000000..000029}}.tar", True)
+    with train(streams, workers=1, batch_size=2, streams=3) as loader:
+        for number, _ in enumerate(loader.batches(0)):
+            if number % 2:
+                os.kill(loader.worker_pids()[0], signal.SIGKILL)
+        assert number == 29 and loader.restarts >= 14
+
+
 @pytest.mark.parametrize(
     ("end", "cause"),
     [

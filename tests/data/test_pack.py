@@ -255,7 +255,7 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr("data.pack_shard._name", killed)
         with pytest.raises(
-            RuntimeError, match=r"pack worker 0 .* SIGKILL, .* shard .*out-000000\.tar. Finished shards are kept"
+            RuntimeError, match=r"pack worker 0 .* SIGKILL, .* shard .*out-000000\.tar.* Finished shards are kept"
         ):
             pack(*parse(words))
     assert main(words) == 0 and len(_contents(tmp_path / "out")) == 12

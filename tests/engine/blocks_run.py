@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
 from engine import batch_norm, ds, zero3
@@ -67,7 +68,7 @@ def train(network: str, deepspeed: str, recompute: bool, world: World) -> dict[s
     if split:
         zero3.adapt(engine)
     whole.begin()
-    losses = []
+    losses, running = [], []
     for step in range(STEPS):
         seed_step(0, step, world.rank)
         draw = torch.Generator().manual_seed(step)
@@ -77,8 +78,10 @@ def train(network: str, deepspeed: str, recompute: bool, world: World) -> dict[s
         engine.backward(loss)
         engine.step()
         losses.append(float(world.sum([loss.item()])[0] / world.size))
+        running.append(len(parameter_offload.FWD_MODULE_STACK))
     with whole.weights() as model:
-        return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+    return {"losses": losses, "state": state, "running": running}
 
 
 def main(folder: Path, world: World) -> None:

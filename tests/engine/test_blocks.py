@@ -37,6 +37,13 @@ def test_computed_again_is_bit_for_bit(
         assert torch.equal(again["state"][name], value), name
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_modules_that_were_stopped_are_forgotten(processes: int, found: dict[int, dict[str, Any]]) -> None:
+    """ZeRO-3's list of modules that run does not grow from step to step."""
+    first, *rest = found[processes]["resnet 3 True"]["running"]
+    assert rest == [first, first]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("stage", ["0", "2", "3"])
 def test_two_processes_with_batch_norms_are_one(stage: str, recompute: bool, found: dict[int, dict[str, Any]]) -> None:

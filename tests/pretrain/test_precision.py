@@ -52,9 +52,12 @@ def test_tokens_are_sampled_in_float32(tokenizer: Path, monkeypatch: pytest.Monk
     """The generator's logits reach the softmax, the noise and the cross entropy as float32."""
     seen: list[torch.dtype] = []
     sample = cim.sample_tokens
-    monkeypatch.setattr(
-        cim, "sample_tokens", lambda logits, *rest: (seen.append(logits.dtype), sample(logits, *rest))[1]
-    )
+
+    def note(logits: Tensor, *rest: Any) -> Tensor:
+        seen.append(logits.dtype)
+        return sample(logits, *rest)
+
+    monkeypatch.setattr(cim, "sample_tokens", note)
     method = build("cim_respix", tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
         method(batch_of(method), torch.Generator().manual_seed(0))

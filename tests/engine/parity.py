@@ -243,7 +243,7 @@ COMMON = {
     "train.save_epochs": 0,
     "train.eval_epochs": 0,
     "train.picture_epochs": 0,
-    "train.timeout_minutes": 1,
+    "train.timeout_minutes": 4,
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from engine import cli, ds
 from engine.config import ConfigError, load, settings
-from engine.planning import GIB, Cluster, Row, Subject, rows, traced_sizes
+from engine.planning import GIB, PRECISIONS, Cluster, Row, Subject, rows, traced_sizes
 
 WIDTH = 100
 
@@ -153,13 +153,26 @@ def _rate(images: float) -> str:
 
 def _notes(config: Any, table: list[Row]) -> list[str]:
     lines = [" ".join(_LEGEND.split())]
-    refused: dict[str, set[str]] = {}
+    refused: dict[str, list[str]] = {}
     for row in table:
         if row.refused:
-            # Of a stage all are refused for one reason, which names it.
-            refused.setdefault(re.sub(r"ZeRO-\d", "ZeRO", row.refused), set()).add(f"{row.name.partition('_')[0]}_*")
-    lines += [f"Left out: {', '.join(sorted(names))}: {reason}" for reason, names in refused.items()]
+            # One reason names the stage of each.
+            refused.setdefault(re.sub(r"ZeRO-\d", "ZeRO-?", row.refused), []).append(row.name)
+    for reason, names in refused.items():
+        stages = "/".join(sorted({name.removeprefix("zero")[0] for name in names}))
+        lines.append(f"Left out: {_together(names)}: {reason.replace('ZeRO-?', f'ZeRO-{stages}')}")
     return [*lines, "* is the recipe's own."]
+
+
+def _together(names: list[str]) -> str:
+    """Names of configurations, in short where all of a stage are among them; offload goes without saying."""
+    found = dict.fromkeys(name.removesuffix("_offload") for name in names)
+    whole = {
+        stage
+        for stage in (name.partition("_")[0] for name in found)
+        if {f"{stage}_{p}" for p in PRECISIONS} <= found.keys()
+    }
+    return ", ".join(dict.fromkeys(f"{n[:5]}_*" if n.partition("_")[0] in whole else n for n in found))
 
 
 def _enough(table: list[Row], fitting: list[Row], cluster: Cluster) -> list[str]:

@@ -1,6 +1,7 @@
 """``python -m finetune RECIPE [key=value ...]``: fine-tune an encoder on labelled images, or measure it.
 
 ``python -m finetune compare RECIPE init=a,b,c``: the same from several starting points (finetune/compare.py).
+``python -m finetune plan RECIPE nodes=1 gpus=8 memory=80``: what it needs of a cluster (finetune/plan.py).
 """
 
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 from engine import cli
 from engine.world import World
-from finetune import compare, init
+from finetune import compare, init, plan
 from finetune.tasks import SCHEMAS, TASKS
 
 
@@ -36,7 +37,7 @@ PROGRAM = cli.Program(
     check=check,
     run=run,
     dry_run=try_out,
-    commands={"compare": compare.main},
+    commands={"compare": compare.main, "plan": plan.main},
     shorthands={"init": init.SHORTHAND},
 )
 

@@ -60,7 +60,9 @@ def test_every_method_is_planned_in_every_configuration(
     assert max(map(len, text.splitlines())) <= 100
     assert "batch 64 = 8 GPUs x 1 parts x 8 images; 2 x 4 GPUs of 16 GiB" in text
     found = table(text)
-    assert set(found) == set(CONFIGURATIONS)
+    allowed = {name for name in CONFIGURATIONS if "fp16" not in name or "zero0" in name}
+    assert set(found) == allowed
+    assert "Left out: zero1_fp16, zero2_fp16, zero3_fp16: at ZeRO-1/2/3 DeepSpeed's loss scale" in text
     assert all(figures[7] == "yes" and int(figures[8]) >= 8 for figures in found.values())
     assert "zero0_fp32 *" in text and "Enough: deepspeed=zero0_bf16" in text
 

@@ -129,7 +129,7 @@ def compare(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
         ["-m", "tests.pretrain.resident", str(folder / "out.json"), *words],
         case.processes,
         folder / "log",
-        timeout=1700,
+        timeout=550,
     )
     return planned(words, case.processes), json.loads((folder / "out.json").read_text())["bytes"]
 

@@ -154,11 +154,12 @@ class Streamed:
         in_stream = index.streams
         self._lanes: dict[int, Lane] = {}
         self._ahead: dict[int, ReadAhead[np.ndarray | None]] = {}
-        for number in range(order.rank, order.lanes, order.world_size):
+        numbers = order.my_lanes()
+        depth = max(2 * order.batch_size // len(numbers), 2)
+        for number in numbers:
             entries = order.lane(sequence, number, start)
             lane = Lane(index, entries[in_stream[index.root_ids[entries]]], retry_seconds)
             self._lanes[number] = lane
-            depth = max(2 * order.batch_size * order.world_size // order.lanes, 2)
             self._ahead[number] = ReadAhead(lane.images(), depth)
         self._tasks = ReadAhead(self._assembled(order, epoch, start, sequence, in_stream), 2)
 

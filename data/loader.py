@@ -87,8 +87,9 @@ class Loader:
         nearly sequential, and a process holds so many encoded images of each stream it reads. 0: 1000 for streams, and for all
         others any image may follow any.
 
-        ``streams``: shards that all ranks together read at once, a multiple of their number. 0: one per rank of streams. The
-        images of a global batch depend on it, and not on the number of ranks.
+        ``streams``: shards that all ranks together read at once, best a multiple of their number: else ranks share shards, and
+        each of them reads the whole. 0: one per rank of streams. The images of a global batch depend on it, and not on the
+        number of ranks.
         """
         if batch_size < 1 or workers < 0 or repeats < 1 or not 0 <= rank < world_size or not 0 <= max_broken <= 1:
             raise ValueError(
@@ -147,8 +148,8 @@ class Loader:
     ) -> Self:
         """The loader that a configuration's ``data`` section describes, for training or for evaluation.
 
-        For training on streams ``data.streams=0`` is replaced by what it comes to, the number of ranks: kept with the run, it keeps
-        the images of every step when the run goes on with another number of ranks.
+        For training on streams ``data.streams=0`` is replaced by what it comes to, the number of ranks: kept with the run
+        (``engine.checkpoint.take_over``), it keeps the images of every step when the run goes on with another number of ranks.
         """
         loader = cls(
             index,

@@ -2,12 +2,13 @@
 
 The epoch's sequence is dealt out in *lanes*: lane l of L is a contiguous piece of it, and position p of the run of all global batches
 is entry ``p // L`` of lane ``p % L``. A process takes the positions of its rank. With one lane that is the sequence itself. Shards
-that can only be read in order get a lane for each that is read at once: then every shard is read by one process, but for those at
-the ends of a lane.
+that can only be read in order get a lane for each that is read at once. Where L is a multiple of the processes, every shard is read by
+one of them, but for those at the ends of a lane; else every lane by ``processes / gcd(L, processes)``, each keeping its own images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,8 +62,6 @@ class Order:
         self.streaming = bool(in_order.any())
         """Whether some images come in the order of their shards only."""
         self.lanes = (streams if shuffle else 0) or (world_size if self.streaming else 1)
-        if self.lanes > 1 and self.lanes % world_size:
-            raise ValueError(f"streams={streams} must be a multiple of the {world_size} processes")
         if shuffle_block:
             in_order = index.shards
         self._in_blocks = in_order
@@ -119,12 +118,18 @@ class Order:
         each, more = divmod(self.count, self.lanes)
         return lane * each + min(lane, more) + step
 
+    def my_lanes(self) -> range:
+        """The lanes that this rank reads."""
+        together = math.gcd(self.lanes, self.world_size)
+        return range(self.rank % together, self.lanes, together)
+
     def lane(self, sequence: np.ndarray, lane: int, start: int) -> np.ndarray:
-        """The entries of a lane that batches from number ``start`` on take."""
+        """The entries of a lane that this rank's batches from number ``start`` on take."""
         size = self.batch_size * self.world_size
         first, last = (len(range(lane, min(end, self.count), self.lanes)) for end in (start * size, len(self) * size))
+        positions = lane + self.lanes * np.arange(first, last)
         begin = self.place(lane)
-        return sequence[begin + first : begin + last]
+        return sequence[begin + first : begin + last][positions % self.world_size == self.rank]
 
     def positions(self, batch: int) -> range:
         """A global batch is a run of positions; rank r takes every world_size-th of it from r on."""

@@ -62,7 +62,8 @@ class DataConfig:
     )
     streams: int = option(
         0,
-        "shards that all processes together read at once, a multiple of their number; 0: one each of pipes and addresses",
+        "shards that all processes together read at once, best a multiple of their number; 0: one each of pipes and "
+        "addresses, and in a run that is continued as many as it began with",
         ge=0,
     )
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,8 @@ from data.loader import Loader
 from data.order import Order
 from data.pack import PackSettings, pack
 from data.patience import StorageGoneError
-from data.remote import ShardStream, fetch
+from data.remote import ShardStream, TooLongError, fetch
+from data.shard_index import MOST_BYTES, ShardIndex
 from data.sources import ImageIndex
 from tests.data.images import EVAL, Server, evaluate, folder, indices, png, same, serve, tar, train
 
@@ -84,7 +86,9 @@ def test_the_same_index_as_of_local_shards(shards: Path, server: Server) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("rank", "world_size", "streams"), [(0, 1, 1), (0, 1, 3), (1, 2, 4), (2, 3, 3)])
+@pytest.mark.parametrize(
+    ("rank", "world_size", "streams"), [(0, 1, 1), (0, 1, 3), (1, 2, 4), (2, 3, 3), (1, 2, 1), (2, 4, 6)]
+)
 def test_the_same_batches_as_of_local_shards(
     shards: Path, server: Server, rank: int, world_size: int, streams: int, workers: int
 ) -> None:
@@ -219,9 +223,7 @@ def test_the_number_of_streams_is_kept_with_the_run(shards: Path) -> None:
     data = settings(0)
     whole = steps(data, 2, 0)
     assert data.streams == 2
-    assert steps(data, 1, 5) == whole[5:] == steps(settings(2), 2, 5) != steps(settings(0), 1, 5)
-    with pytest.raises(ValueError, match="streams=2 must be a multiple of the 4 processes"):
-        steps(data, 4, 0)
+    assert steps(data, 1, 5) == whole[5:] == steps(settings(2), 2, 5) == steps(data, 4, 5) != steps(settings(0), 1, 5)
     local, packed = settings(0), ImageIndex.scan(shards, classes=False)
     Loader.of(packed, EVAL, local, batch_size=4, seed=0, world_size=2, training=True)
     assert local.streams == 0
@@ -291,11 +293,83 @@ def test_an_index_beside_an_address(shards: Path, tmp_path: Path) -> None:
         (tmp_path / "copy/index.npz").write_text("nonsense")
         with pytest.raises(ValueError, match=r"http://.*/index\.npz is no index of shards, or damaged"):
             ImageIndex.scan(_urls(server), classes=False)
-        assert fetch(f"{server.address}/nothing") is None
+        assert fetch(f"{server.address}/nothing", 10) is None
     with pytest.raises(OSError, match="refused"):
-        fetch(f"{server.address}/index.npz")
+        fetch(f"{server.address}/index.npz", 10)
     with pytest.raises(ValueError, match="is no http"):
-        fetch("file:///etc/passwd")
+        fetch("file:///etc/passwd", 10)
+
+
+@pytest.fixture
+def endless() -> Iterator[str]:
+    """An address where bytes come that no length announces, until the reader goes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(BrokenPipeError, ConnectionResetError):
+                while True:
+                    self.wfile.write(b"PK" * 5000)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_an_index_at_an_address_is_no_longer_than_fits(
+    shards: Path, tmp_path: Path, endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sent, as announced, and as unpacked; from a disk it may be as long as it likes."""
+    shutil.copytree(shards, tmp_path / "copy")
+    index = tmp_path / "copy/index.npz"
+    with serve(tmp_path / "copy") as server:
+        length = index.stat().st_size
+        content = fetch(f"{server.address}/index.npz", length)
+        assert content == index.read_bytes()
+        with pytest.raises(TooLongError, match=rf"/index\.npz is longer than {length - 1} bytes"):
+            fetch(f"{server.address}/index.npz", length - 1)
+        monkeypatch.setattr("data.shards.MOST_BYTES", length - 1)
+        told = rf"http://.*/index\.npz is longer than {length - 1} bytes, .*: copy it to a disk and give it as a part of the path"
+        with pytest.raises(ValueError, match=told):
+            ImageIndex.scan(_urls(server), classes=False)
+        assert len(ImageIndex.scan(f"{index},{_urls(server)}", classes=True)) == COUNT
+        with np.load(index) as arrays:
+            np.savez_compressed(index, **arrays, more=np.zeros(1 << 22, np.uint8))
+        monkeypatch.setattr("data.shards.MOST_BYTES", 1 << 20)
+        assert index.stat().st_size < 1 << 14
+        with pytest.raises(ValueError, match=r"index\.npz unpacks to more than 1048576 bytes, the most"):
+            ImageIndex.scan(_urls(server), classes=False)
+    with pytest.raises(TooLongError, match="is longer than 3000000 bytes"):
+        fetch(endless, 3_000_000)
+    with pytest.raises(ValueError, match="is longer than 1048576 bytes"):
+        ImageIndex.scan(f"{endless}/a.tar", classes=False)
+
+
+def test_ten_million_images_fit_into_an_index_at_an_address() -> None:
+    """By the bytes of one image: what stands in the arrays of each, and a name of 190 bytes."""
+    count, name = 1000, b"n" * 190
+    index = ShardIndex(
+        ["a.tar"],
+        *(np.asarray([-1]), np.asarray([0, count]), np.asarray([1], np.uint8)),
+        *(np.zeros(count, np.uint32), np.zeros(count, np.uint32)),
+        *(np.frombuffer(name * count, np.uint8), np.arange(count + 1, dtype=np.int64) * len(name)),
+        *(np.zeros(count, np.int32), ["a"]),
+    )
+    index._check()
+    one = sum(len(value.tobytes()) for value in vars(index).values() if isinstance(value, np.ndarray)) / count
+    assert 10_000_000 * one <= MOST_BYTES
+
+
+def test_an_index_that_breaks_off_is_no_index(shards: Path, server: Server) -> None:
+    server.cut_after = [3000]
+    with pytest.raises(ConnectionError, match=r"train-000000\.tar: the connection ended at byte 3000"):
+        fetch(f"{server.address}/train-000000.tar", 1 << 20)
 
 
 def test_an_index_that_nothing_needs(shards: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from data.digits import write_digits
 from data.pack import PackSettings, pack
 from engine import cli
+from engine.faults import EXIT_REQUEUE
 from engine.log import read_log
 from finetune.__main__ import PROGRAM as FINETUNE
 from finetune.config import FinetuneData
@@ -106,7 +107,7 @@ def test_the_classes_of_a_stream_number_what_is_evaluated(digits: Path) -> None:
         assert {name for name, _ in server.asked} == {"index.npz"}
 
 
-def _workers_of(pid: int) -> list[int]:
+def worker_pids(pid: int) -> list[int]:
     """Forked children of a process that run its own program."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -137,7 +138,7 @@ def test_a_run_on_pipes_that_is_killed_goes_on(digits: Path, tmp_path: Path) -> 
             assert all(rank.poll() is None for rank in ranks), (tmp_path / "killed.log0").read_text()[-3000:]
             assert time.monotonic() < deadline
             if not killed and (parts / "log.jsonl").is_file() and len(_losses(parts)) >= 4:
-                os.kill(_workers_of(ranks[0].pid)[0], signal.SIGKILL)
+                os.kill(worker_pids(ranks[0].pid)[0], signal.SIGKILL)
                 killed = True
             time.sleep(0.02)
     finally:
@@ -147,3 +148,38 @@ def test_a_run_on_pipes_that_is_killed_goes_on(digits: Path, tmp_path: Path) -> 
     run([*words, f"output_dir={parts}"], 2, tmp_path / "continued.log")
     assert "continuing from" in (tmp_path / "continued.log0").read_text()
     assert _losses(parts) == _losses(whole) and len(_losses(whole)) == 24
+
+
+def test_a_run_on_pipes_goes_on_with_another_number_of_processes(digits: Path, tmp_path: Path) -> None:
+    """Begun with one process, which is told to stop in mid-epoch, continued with two: the losses of one process all along.
+
+    Nothing of the network depends on the process, so that equal losses are equal images in every step.
+    """
+    shards, steps = digits / "named/train", 40
+    pack(str(digits / "digits/train"), shards, PackSettings(shard_size=100))
+    words = ["-m", "finetune", "digits_vit", f"train.steps={steps}", "train.warmup_epochs=0", "train.warmup_steps=2"]
+    words += [
+        "train.log_steps=1",
+        "train.eval_epochs=0",
+        "train.picture_epochs=0",
+        "data.labels=1",
+        "data.shuffle_block=50",
+    ]
+    words += ["encoder.drop_path_rate=0", f"data.val_path={digits}/digits/val"]
+    words += [f"data.path={shards}/index.npz,pipe:cat {shards}/train-{{000000..000014}}.tar"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run([*words, f"output_dir={whole}"], 1, tmp_path / "whole.log")
+    (alone,) = start([*words, f"output_dir={parts}"], 1, tmp_path / "stopped.log")
+    try:
+        deadline = time.monotonic() + 240
+        while not (parts / "log.jsonl").is_file() or len(_losses(parts)) < 4:
+            assert alone.poll() is None and time.monotonic() < deadline, (tmp_path / "stopped.log0").read_text()[-3000:]
+            time.sleep(0.01)
+        alone.send_signal(signal.SIGTERM)
+        assert alone.wait(60) == EXIT_REQUEUE
+    finally:
+        kill([alone])
+    assert 4 <= len(_losses(parts)) < steps, "stopped too late to show anything"
+    run([*words, f"output_dir={parts}"], 2, tmp_path / "continued.log")
+    assert "streams: 1\n" in (parts / "config.yaml").read_text()
+    assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5) and len(_losses(parts)) == steps

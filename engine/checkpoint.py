@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import reshape
+from engine import loss_scale, reshape
 from engine.config import ConfigError, getattr_path, settings, user_errors
-from engine.files import file_digest, sync, write_json, write_text
-from engine.safe_files import HASHES, damage, is_whole, write_hashed
+from engine.safe_files import damage, is_whole, write_hashed
 from engine.world import World
+from formats.files import sync, write_json, write_text
+from formats.hashes import HASHES, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class Checkpoints:
         engine.save_checkpoint(str(self.folder), tag=draft.name, client_state=names, save_latest=False)
         problem = engine.checkpoint_engine.problem
         try:
-            scaler = reshape.grad_scaler(engine)
+            scaler = loss_scale.grad_scaler(engine)
             state = {
                 "buffers": dict(engine.module.named_buffers()),
                 "random": _random_state(),
@@ -241,12 +242,15 @@ class Checkpoints:
 
     def check(self, now: Progress) -> None:
         """Refuse to continue the run that is there, if there is one, with settings that make it another."""
+        if (begun := self.begun()) is not None:
+            begun.check(now)
+
+    def begun(self) -> Progress | None:
+        """Where the run that is there stands; None where there is none."""
         for newest in reversed(self._listed()):
-            if is_whole(
-                newest, "progress.json"
-            ):  # else it is told when it is to be loaded, and the one before it counts
-                read_progress(newest).check(now)
-                return
+            if is_whole(newest, "progress.json"):  # else the one before it counts, which is told when it is loaded
+                return read_progress(newest)
+        return None
 
     def _listed(self) -> list[Path]:
         """Finished checkpoints as rank 0 sees them: a network disk may show each machine others."""
@@ -295,7 +299,7 @@ class Checkpoints:
             buffers = dict(engine.module.named_buffers())
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
-            if (scaler := reshape.grad_scaler(engine)) is not None and state["scaler"]:
+            if (scaler := loss_scale.grad_scaler(engine)) is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
         else:
             if progress.layout != now.layout:
@@ -310,6 +314,15 @@ class Checkpoints:
         log.info("continuing from %s", newest)
         progress.layout = now.layout
         return progress
+
+
+def take_over(config: Any, world: World) -> None:
+    """Settings that a run works out for itself where they are 0 (``data.streams``) stay what they were when it is continued."""
+    data = config.data
+    if getattr(data, "streams", None) == 0:
+        begun = Checkpoints(Path(config.output_dir) / "checkpoints", world, keep=1).begun()
+        if begun is not None:
+            data.streams = begun.settings.get("data.streams", 0)
 
 
 def _step_of(path: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import __version__, ds, faults, slurm
+from engine.checkpoint import take_over
 from engine.config import (
     ConfigError,
     check_run,
@@ -143,6 +144,7 @@ def _main(program: Program, words: list[str], rank: int) -> int:
                 if world.is_main:
                     say(f"{key:24s} {value:,}" if isinstance(value, int) else f"{key:24s} {value:.6g}")
         else:
+            take_over(config, world)
             program.run(config, world)
     return 0
 

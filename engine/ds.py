@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import zero3
+from engine import loss_scale, zero3
 from engine.checkpoint import Layout
 from engine.config import ConfigError
 from engine.safe_files import safe_checkpoint_engine
@@ -86,11 +86,6 @@ def merge(config: BaseConfig, world_size: int, device_type: str) -> dict[str, An
         )
     if _half_precision(merged) and device_type == "cpu":
         raise ConfigError(f"deepspeed={config.deepspeed}: a CPU has no fp16; use a *_fp32 or *_bf16 configuration")
-    if _half_precision(merged) and stage:
-        raise ConfigError(
-            f"deepspeed={config.deepspeed}: at ZeRO-{stage} DeepSpeed's loss scale for fp16 does not fall after an overflow, and "
-            "every step after it is left out; use zero0_fp16 or a *_bf16 configuration"
-        )
     if any(merged.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
         raise ConfigError(
             f"deepspeed={config.deepspeed} enables DeepSpeed's bf16 or fp16 section, which casts weights and breaks "
@@ -135,6 +130,7 @@ def initialize(method: nn.Module, optimizer: torch.optim.Optimizer, merged: dict
     engine.checkpoint_engine = safe_checkpoint_engine(engine)
     # DeepSpeed puts a script beside its files that unpickles them unsafely; models.interop reads them.
     engine._copy_recovery_script = lambda *_: None
+    loss_scale.adapt(engine)
     if stage_of(merged) == 3:
         zero3.adapt(engine)
     return engine

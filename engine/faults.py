@@ -1,12 +1,19 @@
 """What a run does when something outside it goes wrong: signals, lost processes, values that are not finite."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from engine.world import World
+
+T = TypeVar("T")
 
 EXIT_REQUEUE = 75
 """Exit code of a run that was told to stop, has written a checkpoint and wants to be continued (EX_TEMPFAIL of sysexits.h)."""
@@ -17,6 +24,14 @@ _received: set[int] = set()
 
 class StoppedRunError(Exception):
     """The run was told to stop, and has written a checkpoint."""
+
+
+class StoppedEvaluationError(Exception):
+    """A signal came in the midst of an evaluation, to this process or to another one; ``signal`` is which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("the evaluation was stopped by a signal")
+        self.signal = number
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,6 +82,31 @@ def received() -> set[int]:
 def forget() -> None:
     """No signal has come: a run begins in a process that had one."""
     _received.clear()
+
+
+def told(counts: Iterable[float]) -> int:
+    """:data:`REQUEUE`, :data:`STOP` or 0 from how many processes were sent which (:func:`shares`, summed)."""
+    stop, requeue = counts
+    return REQUEUE if requeue else STOP if stop else 0
+
+
+def shares() -> list[float]:
+    """What this process adds to :func:`told`."""
+    return [float(STOP in _received), float(REQUEUE in _received)]
+
+
+def until_stopped(batches: Iterable[T], world: World) -> Iterator[T]:
+    """The batches of an evaluation, which every process takes to their end: that comes early where a signal has.
+
+    Raises:
+        StoppedEvaluationError: at the end, on every process, if any of them was sent a signal; what was evaluated is a part only.
+    """
+    for batch in batches:
+        if _received:
+            break
+        yield batch
+    if number := told(world.sum(shares()).tolist()):
+        raise StoppedEvaluationError(number)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from engine.files import write_text
 from engine.world import World
+from formats.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +61,20 @@ class RunLog:
     def __init__(self, folder: Path, world: World, first_step: int) -> None:
         self._file: Any = None
         self._events: SummaryWriter | None = None
+        self._kept: list[dict[str, Any]] = []
         if not world.is_main:
             return
         path = folder / "log.jsonl"
         if path.is_file():
             # A run that was killed has logged steps after its last checkpoint; they are taken again.
-            kept = [line for line in read_log(path) if line["step"] <= first_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._kept = [line for line in read_log(path) if line["step"] <= first_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in self._kept))
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "events"), purge_step=first_step + 1)
+
+    def last(self, event: str) -> dict[str, Any]:
+        """The newest line of that kind from before this leg of the run, empty where there is none or on another rank."""
+        return next((line for line in reversed(self._kept) if line["event"] == event), {})
 
     def write(self, step: int, values: dict[str, Any], event: str = "train") -> None:
         """One line: what happened at the end of ``step`` (the first step is 1)."""

@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from engine import batch_norm, ds, faults, slurm
+from engine import batch_norm, ds, faults, loss_scale, slurm
 from engine.checkpoint import Checkpoints, Progress
 from engine.config import ConfigError, to_yaml
 from engine.faults import NonFiniteLossError, UnwrittenError
-from engine.files import write_json, write_text
 from engine.lock import lock
 from engine.log import RunLog, progress
 from engine.optim import build_optimizer, param_groups, set_step
@@ -29,6 +28,7 @@ from engine.schema import BaseConfig
 from engine.watchdog import Watchdog
 from engine.whole import Gathered, Statistics, Whole
 from engine.world import World, seed_step, to_device
+from formats.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,12 @@ class _Run:
             self._pictures(0)
         try:
             with faults.naming_lost_processes(lambda: self.checkpoints.last):
+                if first == plan.steps:
+                    log.info("%s has finished its %d steps already", self.folder, plan.steps)
+                    self._export()
+                    self._evaluate(first)
+                elif first and not self.world.agree(self.run_log.last("evaluate").get("step") == first):
+                    self._look(first)  # the run ended after the checkpoint of that step, and before this
                 while step < plan.steps:
                     values = self._step(step, batches)
                     if self.bad_steps > self.train.max_skipped:
@@ -136,10 +142,6 @@ class _Run:
                     bar.update()
                     bar.set_postfix({key: f"{values[key]:.4g}" for key in ("loss", "images_per_second")}, refresh=False)
                     self._after_step(step, values)
-                if first == plan.steps:
-                    log.info("%s has finished its %d steps already", self.folder, plan.steps)
-                    self._export()
-                    self._evaluate(first)
         finally:
             bar.close()
             self.run_log.close()
@@ -155,6 +157,10 @@ class _Run:
         self.progress = self.checkpoints.resume(self.engine, keeps_average, self.progress)
         step = self.progress.step
         self.run_log = RunLog(self.folder, self.world, step)
+        # A rollback that was followed by no checkpoint yet stands in the log alone.
+        told = self.world.gather(self.run_log.last("rollback"))[0]
+        self.progress.rollbacks = max(self.progress.rollbacks, told.get("rollbacks", 0))
+        self.progress.skipped = max(self.progress.skipped, told.get("skipped_steps", 0))
         self.saved_at = time.monotonic()
         self.statistics = Statistics(self.engine.module)
         bar.n = bar.initial = step
@@ -183,7 +189,8 @@ class _Run:
             last,
             self.train.rollback_lr**self.progress.rollbacks,
         )
-        self.run_log.write(step, {"rollbacks": self.progress.rollbacks}, event="rollback")
+        counted = {"rollbacks": self.progress.rollbacks, "skipped_steps": self.progress.skipped}
+        self.run_log.write(step, counted, event="rollback")
         return step, batches
 
     def _batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
@@ -198,7 +205,8 @@ class _Run:
     def _step(self, step: int, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimiser step (0-based) -> what the method returned, on average over the accumulated parts.
 
-        A step whose loss or gradients are not finite on any process is left out on all of them, and counted.
+        A step whose loss or gradients are not finite on any process is left out on all of them, and counted. With fp16 a
+        loss scale that was too large is no such step: it is left out, too, but not counted.
         """
         started = time.perf_counter()
         parts, beat = self.train.accumulation, self.watchdog.beat
@@ -227,17 +235,10 @@ class _Run:
         beat(step + 1, "in the optimiser step")
         if self.wrong and not self.stage and self.autocast is not torch.float16:
             ds.leave_out_step(self.engine)
-        else:
-            self.engine.step()
+        elif loss_scale.step(self.engine) and not self.wrong:
+            self.wrong = "the gradient is not finite"
         if self.stage:
             grad_norm = self.engine.get_global_grad_norm()
-            # ZeRO leaves such a step out by itself; a loss scaler, which fp16 has, expects that now and then.
-            if (
-                self.autocast is not torch.float16
-                and getattr(self.engine.optimizer, "overflow", False)
-                and not self.wrong
-            ):
-                self.wrong = "the gradient is not finite"
         if self.wrong:
             self.bad_steps += 1
             self.progress.skipped += 1
@@ -249,7 +250,11 @@ class _Run:
             self.statistics.keep()
             self.whole.update()
         images = self.train.batch_size / (time.perf_counter() - started)
-        return total | ({} if grad_norm is None else {"grad_norm": float(grad_norm)}) | {"images_per_second": images}
+        if grad_norm is not None and math.isfinite(grad_norm):
+            total["grad_norm"] = float(grad_norm)
+        if (scaler := loss_scale.grad_scaler(self.engine)) is not None:
+            total["loss_scale"] = scaler.get_scale()
+        return total | {"images_per_second": images}
 
     def _grad_norm(self) -> Tensor | None:
         """Norm of the gradients before clipping, the same on every process. ZeRO computes its own."""
@@ -263,14 +268,10 @@ class _Run:
         bad_gradient = grad_norm is not None and not bool(torch.isfinite(grad_norm))
         minutes = self.train.save_minutes
         due = self.world.is_main and bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
-        signals = faults.received()
-        told = [bad_loss, bad_gradient, faults.STOP in signals, faults.REQUEUE in signals, due]
-        losses, gradients, stop, requeue, time_to_save = (
-            bool(found)
-            for found in (self.world.sum([float(one) for one in told]).tolist() if self.world.size > 1 else told)
-        )
-        self.stopped_by = faults.REQUEUE if requeue else faults.STOP if stop else 0
-        self.time_to_save = time_to_save
+        mine = [float(bad_loss), float(bad_gradient), float(due), *faults.shares()]
+        losses, gradients, time_to_save, *signals = self.world.sum(mine).tolist() if self.world.size > 1 else mine
+        self.stopped_by = faults.told(signals)
+        self.time_to_save = bool(time_to_save)
         self.wrong = ""
         if losses:
             ranks = ", ".join(str(rank) for rank, found in enumerate(self.world.gather(bad_loss)) if found)
@@ -301,13 +302,14 @@ class _Run:
             self._save(step, last)
         if self.stopped_by and not last:
             self._leave(step)
-        if last or self._ends_epochs(step, train.eval_epochs):
+        self._look(step)
+
+    def _look(self, step: int) -> None:
+        """Evaluate and draw, if that is due after ``step``."""
+        last = step == self.plan.steps
+        if last or self._ends_epochs(step, self.train.eval_epochs):
             self._evaluate(step)
-            if train.keep_best:
-                value = self._judged()
-                if self.world.is_main:
-                    self.checkpoints.mark_best(step, train.keep_best, value)
-        if last or self._ends_epochs(step, train.picture_epochs):
+        if last or self._ends_epochs(step, self.train.picture_epochs):
             self._pictures(step)
 
     def _save(self, step: int, last: bool) -> None:
@@ -331,7 +333,7 @@ class _Run:
                 f"again; it continues from {self.checkpoints.last or 'the start'}"
             )
 
-    def _leave(self, step: int) -> None:
+    def _leave(self, step: int) -> NoReturn:
         """End the run after a signal; a checkpoint has been written."""
         requeued = self.stopped_by == faults.REQUEUE and self.world.agree(self.world.is_main and slurm.requeue())
         if requeued:
@@ -361,23 +363,34 @@ class _Run:
         training = model.training
         model.eval()
         enabled = self.autocast is not None
-        with torch.no_grad(), torch.autocast(self.world.device.type, self.autocast, enabled=enabled):
-            result = work(model)
-        model.train(training)
-        return result
+        try:
+            with torch.no_grad(), torch.autocast(self.world.device.type, self.autocast, enabled=enabled):
+                return work(model)
+        finally:
+            model.train(training)
 
     def _evaluate(self, step: int) -> None:
         if self.hooks.evaluate is None:
             return
-        with self.watchdog.during(step, "evaluating"):
-            with self.whole.kept() as model:
-                self.results = self._forward_only(model, self.hooks.evaluate)
-            if self.train.ema_decay:
-                with self.whole.weights() as model:
-                    raw = self._forward_only(model, self.hooks.evaluate)
-                self.results |= {f"{key}_without_ema": value for key, value in raw.items()}
+        try:
+            with self.watchdog.during(step, "evaluating"):
+                with self.whole.kept() as model:
+                    self.results = self._forward_only(model, self.hooks.evaluate)
+                if self.train.ema_decay:
+                    with self.whole.weights() as model:
+                        raw = self._forward_only(model, self.hooks.evaluate)
+                    self.results |= {f"{key}_without_ema": value for key, value in raw.items()}
+        except faults.StoppedEvaluationError as told:
+            self.stopped_by = told.signal
+            if self.progress.step != step:
+                self._save(step, last=False)
+            self._leave(step)
         log.info("step %d: %s", step, ", ".join(f"{key} {value:.4g}" for key, value in self.results.items()))
         self.run_log.write(step, self.results, event="evaluate")
+        if self.train.keep_best:
+            value = self._judged()
+            if self.world.is_main:
+                self.checkpoints.mark_best(step, self.train.keep_best, value)
 
     def _pictures(self, step: int) -> None:
         if self.hooks.pictures is None or not self.train.picture_epochs:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.loss_scale import grad_scaler
 from formats.pickles import load_pickle
 from formats.zero import Spread, ZeroCheckpoint
 
@@ -75,16 +76,17 @@ class _Part:
         return out
 
 
-def read(folder: Path, groups: Sequence[Sequence[str]] = ()) -> State:
+def read(folder: Path, groups: Sequence[Sequence[str]] = (), *, checked: bool = False) -> State:
     """A checkpoint of any stage and number of processes, without DeepSpeed and without running anything in it.
 
     ``groups``: names of the trained parameters by group, for a checkpoint of ZeRO-0 that was saved without
-    :func:`group_names`; where they are not as many as it trained, its optimiser is not read.
+    :func:`group_names`; where they are not as many as it trained, its optimiser is not read. ``checked``: see
+    :class:`ZeroCheckpoint`.
 
     Raises:
         ValueError: files that are missing or damaged.
     """
-    saved = ZeroCheckpoint(folder)
+    saved = ZeroCheckpoint(folder, checked=checked)
     first = saved.models[0]
     if saved.stage:
         # One flat tensor of ZeRO-3 may be but a part of a group: the optimiser's groups say which belong together.
@@ -110,7 +112,7 @@ def read(folder: Path, groups: Sequence[Sequence[str]] = ()) -> State:
 
 @torch.no_grad()
 def load(engine: Any, folder: Path) -> None:
-    """Continue from a checkpoint of another stage or number of processes; called on every process.
+    """Continue from a checkpoint of another stage or number of processes, whose files were checked; called on every process.
 
     Weights, what the optimiser keeps, its counters and the engine's, the loss scale of fp16, and the buffers are those of
     the checkpoint. Buffers that differ from process to process, as statistics of batch norms that are not synchronised, go
@@ -121,7 +123,7 @@ def load(engine: Any, folder: Path) -> None:
     """
     parts, told = _parts(engine), ""
     try:
-        state = read(folder, group_names(engine))
+        state = read(folder, group_names(engine), checked=True)
         _check(engine, parts, state)
         buffers, scaler = _buffers(engine, state), _scaler(folder)
     except ValueError as error:
@@ -152,13 +154,6 @@ def group_names(engine: Any) -> list[list[str]]:
     """
     parts = _parts(engine)
     return [[name for part in parts if part.group == i for name in part.names] for i in _indices(engine)]
-
-
-def grad_scaler(engine: Any) -> torch.amp.GradScaler | None:
-    """The loss scaler of float16 under autocast, which DeepSpeed does not write into its checkpoints."""
-    if engine.zero_optimization_stage():
-        return engine.optimizer.torch_autocast_gradscaler
-    return engine.torch_autocast_z0_gradscaler
 
 
 def _indices(engine: Any) -> range:

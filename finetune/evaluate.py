@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.loader import Loader
+from engine.faults import until_stopped
 from engine.log import progress
 from engine.world import World, to_device
 
@@ -97,7 +98,8 @@ def judge(method: Any, loader: Loader, world: World) -> Outcome:
     census = Census(loader)
     rows, loss = [np.zeros((0, 4), np.int64)], 0.0
     with rank0_buffers(method, world):
-        for batch in progress(loader.batches(0), world, "evaluate", total=len(loader), leave=False, unit="batch"):
+        batches = progress(loader.batches(0), world, "evaluate", total=len(loader), leave=False, unit="batch")
+        for batch in until_stopped(batches, world):
             census.add(batch["index"])
             on_device = to_device(batch, world.device)
             labels = on_device["label"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Loader
+from engine.faults import until_stopped
 from engine.log import progress
 from engine.world import World, to_device
 from finetune.config import FinetuneData
@@ -109,7 +110,8 @@ def stream(frozen: Frozen, loader: Loader, world: World) -> Iterator[tuple[Tenso
     missing.
     """
     census = Census(loader)
-    for batch in progress(loader.batches(0), world, "features", total=len(loader), leave=False, unit="batch"):
+    batches = progress(loader.batches(0), world, "features", total=len(loader), leave=False, unit="batch")
+    for batch in until_stopped(batches, world):
         census.add(batch["index"])
         there = to_device(batch, world.device)
         yield frozen(there["image"]), there["label"], there["index"]

@@ -15,6 +15,7 @@ from data.sources import ImageIndex
 from engine import cli
 from engine.config import ConfigError, user_errors
 from engine.ds import micro_batch_size
+from engine.faults import until_stopped
 from engine.loop import Hooks, dry_run, fit
 from engine.report import record
 from engine.world import World, seed_step, to_device
@@ -85,7 +86,8 @@ def _evaluator(config: Any, world: World, index: ImageIndex, named: set[str]) ->
     loader.named = named
 
     def evaluate(model: Any) -> dict[str, float]:
-        sums = model.evaluate(to_device(batch, world.device) for batch in loader.batches(0))
+        batches = until_stopped(loader.batches(0), world)
+        sums = model.evaluate(to_device(batch, world.device) for batch in batches)
         return model.report(world.sum(sums).tolist())
 
     return evaluate

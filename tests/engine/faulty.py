@@ -23,10 +23,11 @@ from torch import Tensor
 import engine.checkpoint
 import engine.safe_files
 from engine import cli
-from engine.files import write_json, write_text
+from engine.faults import until_stopped
 from engine.loop import Hooks, fit
 from engine.schema import BaseConfig, option
 from engine.world import World
+from formats.files import write_json, write_text
 from tests.engine.toy import ToyLoader, ToyMethod
 
 RECIPE = """
@@ -66,10 +67,19 @@ class FaultyMethod(ToyMethod):
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         output = super().forward(batch, generator)
+        if (
+            self.mine
+            and self.fault.kind == "rollback SIGKILL"
+            and not self.left
+            and self.step + 1 == self.fault.step - 1
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
         if not (self.mine and self.left and self.step + 1 >= self.fault.step):
             return output
-        self.left -= 1
         kind = self.fault.kind
+        if kind.startswith("evaluation"):
+            return output
+        self.left -= 1
         if kind in ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, kind))
         elif kind == "hang":
@@ -77,7 +87,7 @@ class FaultyMethod(ToyMethod):
         elif kind.startswith("wait "):
             while not Path(kind.removeprefix("wait ")).exists():
                 time.sleep(0.05)
-        elif kind == "nan_loss":
+        elif kind in ("nan_loss", "rollback SIGKILL"):
             return {"loss": output["loss"] * float("nan")}
         elif kind == "inf_gradient":
             output["loss"].register_hook(lambda gradient: gradient * float("inf"))
@@ -153,10 +163,20 @@ def run(config: Any, world: World) -> None:
     seen = Path(config.output_dir) / f"seen{world.rank}.txt"
     loader = RankLoader(world, config.train.batch_size // config.train.accumulation, seen)
 
-    def evaluate(model: Any) -> dict[str, float]:
-        return {"bias": float(model.encoder.fc.bias.sum())}
+    method = FaultyMethod(fault, world.rank)
 
-    fit(FaultyMethod(fault, world.rank), loader, config, world, Hooks(evaluate=evaluate), "toy")
+    def evaluate(model: Any) -> dict[str, float]:
+        """The sum of the biases, in three batches of which the second is where a fault may strike."""
+        total = 0.0
+        for batch in until_stopped(range(3), world):
+            here = method.mine and method.left and method.step + 1 >= fault.step
+            if batch == 1 and here and fault.kind.startswith("evaluation"):
+                os.kill(os.getpid(), getattr(signal, fault.kind.removeprefix("evaluation ")))
+                time.sleep(0.2)
+            total += float(model.encoder.fc.bias.sum())
+        return {"bias": total}
+
+    fit(method, loader, config, world, Hooks(evaluate=evaluate), "toy")
 
 
 PROGRAM = cli.Program(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engine.config import load
 from engine.ds import DS_CONFIGS
-from engine.files import write_json
 from engine.schema import BaseConfig
+from formats.files import write_json
 
 BATCH = 8
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from engine.log import read_log
 from engine.loop import Hooks, fit
 from engine.world import World, join
+from tests.engine import half
 from tests.engine.parity import Case
 from tests.engine.parity_methods import SUBJECTS
 from tests.engine.plain import Trace
@@ -66,6 +67,7 @@ def run(case: Case, folder: Path, world: World) -> tuple[Trace, list[Call], int]
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     """Run the cases."""
+    half.allow()
     gc.freeze()  # ZeRO-3 collects garbage at every start, among a million objects of imported modules
     with join() as world:
         for fields in cases:

@@ -23,7 +23,7 @@ from deepspeed.runtime import torch_autocast
 from timm.optim import Lamb
 from torch import Tensor, nn
 
-from engine import ds, reshape
+from engine import ds, loss_scale, reshape
 from engine.world import World, join
 
 STEPS = 3
@@ -132,7 +132,7 @@ def collect(engine: Any) -> dict[str, Tensor]:
     torch_optimizer = zero.optimizer if stage else zero
     steps = {float(state["step"]) for state in torch_optimizer.state.values() if "step" in state}
     assert len(steps) <= 1
-    if scaler := reshape.grad_scaler(engine):
+    if scaler := loss_scale.grad_scaler(engine):
         found["loss scale"] = torch.tensor([scaler.get_scale(), scaler.state_dict()["_growth_tracker"]])
     found["step"] = torch.tensor(list(steps))
     found["options"] = torch.tensor([[g["lr"], g["lr_scale"], g["weight_decay"]] for g in torch_optimizer.param_groups])
@@ -175,7 +175,7 @@ def save(setting: str, root: Path, world: World, steps: int = STEPS) -> None:
     names = {} if "unnamed" in setting else {reshape.GROUP_NAMES: reshape.group_names(engine)}
     engine.save_checkpoint(str(root), tag=f"{world.size}-{setting}", client_state=names, save_latest=False)
     folder = root / f"{world.size}-{setting}"
-    scaler = reshape.grad_scaler(engine)
+    scaler = loss_scale.grad_scaler(engine)
     own = {"buffers": dict(engine.module.named_buffers()), "scaler": scaler and scaler.state_dict()}
     torch.save(own, folder / f"rank{world.rank}.pt")
     live = collect(engine)

@@ -181,6 +181,29 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
     assert_same(place, whole(deepspeed), f"{name} to one process, {deepspeed}")
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize(("deepspeed", "step"), [("zero0_fp32", 12), ("zero3_fp32", 24)])
+def test_an_evaluation_that_is_cut_short_is_done_again(
+    name: str, deepspeed: str, step: int, tmp_path: Path, whole: Callable[[str], Place]
+) -> None:
+    """A signal does not wait for the end of an evaluation, to whichever process it comes; of a part nothing is logged."""
+
+    def evaluations(place: Place) -> list[tuple[int, float, float]]:
+        lines = [line for line in read_log(place.output / "log.jsonl") if line["event"] == "evaluate"]
+        return [(line["step"], line["bias"], line["bias_without_ema"]) for line in lines]
+
+    place, words = Place(tmp_path), (f"deepspeed={deepspeed}", "train.eval_epochs=2")
+    codes = place(*words, f"fault.kind=evaluation {name}", f"fault.step={step}")
+    assert codes == ([1, -signal.SIGKILL] if name == "SIGKILL" else [EXIT_REQUEUE] * 2), place.said(0)
+    assert [line[0] for line in evaluations(place)] == list(range(12, step, 12))
+    last = 10 if name == "SIGKILL" and step < STEPS else step
+    assert place.checkpoints()[-1] == f"step{last:08d}"
+    assert place(*words) == [0, 0], place.said(0)
+    assert [line[0] for line in evaluations(place)] == [12, 24]
+    assert place.losses() == whole(deepspeed).losses()
+    assert evaluations(place)[-1] == evaluations(whole(deepspeed))[-1]
+
+
 @pytest.mark.parametrize("kind", ["hang", "SIGSTOP"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_hangs_is_named(kind: str, rank: int, tmp_path: Path, whole: Callable[[str], Place]) -> None:
@@ -239,6 +262,22 @@ def test_too_many_such_steps_go_back_to_the_last_checkpoint_with_a_lower_rate(de
     # A later leg keeps the lower rate.
     progress = json.loads((place.output / f"checkpoints/step{STEPS:08d}/progress.json").read_text())
     assert progress["rollbacks"] == 2 and progress["skipped"] == 6
+
+
+def test_a_rollback_is_remembered_where_the_run_is_killed_before_its_next_checkpoint(tmp_path: Path) -> None:
+    place, words = Place(tmp_path), ("train.nonfinite=rollback", "train.max_skipped=2")
+    assert place(*words, "fault.kind=rollback SIGKILL", "fault.times=3") == [1, -signal.SIGKILL]
+    assert place.checkpoints()[-1] == "step00000010", "none after the rollback"
+    assert place(*words) == [0, 0], place.said(0)
+    calm = Place(tmp_path / "calm")
+    assert calm() == [0, 0]
+    rates, usual = (
+        {line["step"]: line["lr"] for line in read_log(one.output / "log.jsonl") if line["event"] == "train"}
+        for one in (place, calm)
+    )
+    assert rates == {step: rate * (1 if step <= 10 else 0.5) for step, rate in usual.items()}
+    assert len(rates) == STEPS
+    assert read_log(place.output / "log.jsonl")[-2]["skipped_steps"] == 3
 
 
 @pytest.mark.parametrize(

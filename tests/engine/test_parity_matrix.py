@@ -3,6 +3,7 @@
 ``WRITE_DOCS=1 python -m pytest -n 0 tests/engine/test_parity_matrix.py tests/engine/test_parity_methods.py`` writes them anew.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +23,19 @@ from tests.engine.parity_check import Runs, is_table_of, write_table
 pytestmark = pytest.mark.timeout(1500)
 
 PRECISIONS = ("fp32", "bf16")
+FP16 = [*matrix((0, 1, 2), ("fp16",), (1, 2)), *matrix((3,), ("fp16",), (1, 2), cut=True)]
 QUICK = [
     *matrix((0, 1, 2), PRECISIONS, (1, 2)),
     *[case for case in matrix((3,), PRECISIONS, (1, 2), cut=True) if not case.offload],
     *[case for case in matrix((3,), PRECISIONS, (1, 2)) if case.offload],
+    *[case for case in FP16 if not case.offload],
     *optimisers(),
 ]
 NIGHTLY = [
     *[case for case in matrix((3,), PRECISIONS, (1, 2), cut=True) if case.offload],
     *[case for case in matrix((3,), PRECISIONS, (1, 2)) if not case.offload],
+    *[case for case in FP16 if case.offload],
+    *matrix((3,), ("fp16",), (1, 2)),
 ]
 GPU = [case for stage in range(4) for case in matrix((stage,), ("fp16", "bf16"), (1,), cut=stage == 3)]
 
@@ -58,9 +63,16 @@ def test_losses_weights_and_average_are_those_of_plain_pytorch(case: Case, runs:
     assert difference.moved > 10 * case.tolerance  # or a network that stands still would do
 
 
+@pytest.mark.parametrize("case", [case for case in QUICK if case.precision == "fp16"], ids=lambda case: case.name)
+def test_losses_of_float16_are_those_of_float32(case: Case, runs: Runs) -> None:
+    """Within 2 %, with a step left out, clipping and parts."""
+    expected = runs.reference(dataclasses.replace(case, precision="fp32"))[0].losses
+    assert runs.found(case)["losses"] == pytest.approx(expected, rel=2e-2)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", NIGHTLY, ids=lambda case: case.name)
-def test_zero3_as_it_is_shipped_and_cut_with_offload(case: Case, nightly_runs: Runs) -> None:
+def test_zero3_as_it_is_shipped_cut_with_offload_and_fp16_with_offload(case: Case, nightly_runs: Runs) -> None:
     difference = nightly_runs.difference(case)
     assert difference.within(case), difference
 
@@ -90,7 +102,9 @@ def test_every_group_has_the_planned_rate_and_decay_at_every_step(case: Case, ru
     # DeepSpeed makes room for an optimiser's moments by a step without a rate, of a gradient of zero.
     assert all((rate, decay) == (0.0, 0.0) for step, rate, decay, _ in calls if step < 0)
     shares = [math.ceil(count / (case.processes if case.stage else 1)) for count in numbers]
-    for step in range(plan.steps):
+    left_out = [step for step in range(plan.steps) if step not in {call[0] for call in calls}]
+    assert left_out in ([], [0]) if case.precision == "fp16" else not left_out  # the first loss scale may be too large
+    for step in set(range(plan.steps)) - set(left_out):
         lr, weight_decay = float(plan.lr[step]), float(plan.weight_decay[step])
         found = [call[1:] for call in calls if call[0] == step]
         planned = [(lr * rate, weight_decay * decay) for rate, decay in groups]
@@ -145,7 +159,7 @@ def test_the_configurations_of_the_cases_are_what_they_are_called(tmp_path: Path
     """Offload and stage, of the files that ship and of those that cut."""
     for case in [*QUICK, *NIGHTLY]:
         _, config = NETWORK.make(case, tmp_path)
-        merged: dict[str, Any] = merge(config, case.processes, "cpu")
+        merged: dict[str, Any] = merge(config, case.processes, "cuda")
         assert stage_of(merged) == case.stage
         assert ("offload_optimizer" in merged["zero_optimization"]) == case.offload
         assert merged["gradient_accumulation_steps"] == case.parts

@@ -5,18 +5,16 @@ are written to a folder under ``output_dir``, or a temporary one, and removed. `
 ten minutes; nothing else goes on meanwhile. ``restore_seconds`` is from the folder back into the engine, hashes checked.
 """
 
-import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import command
 from benchmarks.step import engine_step, prepared, settled
 from engine import ds
 from engine.checkpoint import Checkpoints, Progress
-from engine.config import ConfigError
 from engine.optim import build_optimizer, param_groups, set_step
 from engine.whole import Gathered, Whole
 from engine.world import World, join, to_device
@@ -69,22 +67,14 @@ def bench(config: Any, world: World, folder: Path) -> dict[str, Any]:
 
 def main(words: list[str]) -> int:
     """Print one JSON object -> exit code."""
-    if not words or words[0].startswith("-"):
-        sys.stderr.write("usage: python -m benchmarks.checkpoint RECIPE [key=value ...]\n")
-        return 2
+
+    def measure(words: list[str], folder: Path) -> dict[str, Any]:
+        config = settled(prepared(words, folder))
+        with join(config.threads) as world:
+            return bench(config, world, folder / "checkpoints")
+
     given = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
-    if given:
-        Path(given[-1]).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=given[-1] if given else None) as folder:
-        try:
-            config = settled(prepared(words, Path(folder)))
-            with join(config.threads) as world:
-                result = bench(config, world, Path(folder) / "checkpoints")
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-    print(json.dumps(result))
-    return 0
+    return command("checkpoint", words, measure, folder=given[-1] if given else None)
 
 
 if __name__ == "__main__":

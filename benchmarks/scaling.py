@@ -11,13 +11,11 @@ Each process is pinned to a core of its own. The sides take turns, step by step,
 other were done already: communication, and waiting for the other. Without ``data.path`` the embedded digits are read.
 """
 
-import json
 import multiprocessing
 import os
 import socket
 import statistics
 import sys
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import command
 from benchmarks.step import prepared, settled
 from engine import ds
 from engine.cli import read_config
@@ -146,23 +145,16 @@ def bench(words: list[str]) -> dict[str, Any]:
 
 def main(words: list[str]) -> int:
     """Print one JSON object -> exit code."""
-    if not words or words[0].startswith("-"):
-        sys.stderr.write("usage: python -m benchmarks.scaling RECIPE [key=value ...]\n")
-        return 2
-    if (os.cpu_count() or 1) < 2:
-        sys.stderr.write("error: one core cannot show how two processes scale\n")
-        return 2
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            words = prepared(words, Path(folder))
-            for stage in STAGES:
-                ds.merge(settled([*words, f"deepspeed={stage}"]), 1, "cpu")
-            result = bench(words)
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-    print(json.dumps(result))
-    return 0
+
+    def measure(words: list[str], folder: Path) -> dict[str, Any]:
+        if (os.cpu_count() or 1) < 2:
+            raise ConfigError("one core cannot show how two processes scale")
+        words = prepared(words, folder)
+        for stage in STAGES:
+            ds.merge(settled([*words, f"deepspeed={stage}"]), 1, "cpu")
+        return bench(words)
+
+    return command("scaling", words, measure)
 
 
 if __name__ == "__main__":

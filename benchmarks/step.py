@@ -6,10 +6,8 @@ is used: the cost does not depend on what they show. A recipe's batch is for man
 """
 
 import copy
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import command
 from data.digits import write_digits
 from engine import ds
 from engine.cli import read_config
@@ -187,19 +186,13 @@ def settled(words: list[str]) -> Any:
 
 def main(words: list[str]) -> int:
     """Print one JSON object -> exit code."""
-    if not words or words[0].startswith("-"):
-        sys.stderr.write("usage: python -m benchmarks.step RECIPE [key=value ...]\n")
-        return 2
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            config = settled(prepared(words, Path(folder)))
-            with join(config.threads) as world:
-                result = bench(config, world)
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-    print(json.dumps(result))
-    return 0
+
+    def measure(words: list[str], folder: Path) -> dict[str, Any]:
+        config = settled(prepared(words, folder))
+        with join(config.threads) as world:
+            return bench(config, world)
+
+    return command("step", words, measure)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,11 @@
-"""How much a forward pass keeps for the backward pass."""
-
-from collections.abc import Callable
-from typing import TypeVar
+"""What tests of training steps compare: gradients, and how much a forward pass keeps for the backward pass."""
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-T = TypeVar("T")
+from benchmarks.blocks import kept_bytes
 
-
-def kept_bytes(work: Callable[[], T], network: nn.Module) -> tuple[T, int]:
-    """Result of ``work``, and bytes that autograd keeps of it; weights and buffers of ``network``, there anyway, do not count."""
-    own = {value.untyped_storage().data_ptr() for value in (*network.parameters(), *network.buffers())}
-    found: dict[int, Tensor] = {}
-
-    def keep(value: Tensor) -> Tensor:
-        where = value.untyped_storage().data_ptr()
-        if where not in own:
-            found[where] = value  # alive until the end: no other tensor comes to lie at the same place
-        return value
-
-    with saved_tensors_hooks(keep, lambda value: value):
-        result = work()
-    return result, sum(value.untyped_storage().nbytes() for value in found.values())
+__all__ = ["gradients", "kept_bytes", "weighted"]
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

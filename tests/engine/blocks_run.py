@@ -26,7 +26,7 @@ from models.blocks import arrange
 IMAGES, STEPS = 8, 3
 CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), conv_mlp=False)
 NETWORKS: dict[str, dict[str, Any]] = {
-    "resnet": dict(model_name="resnet10t"),
+    "resnet": dict(model_name="resnet10t", channels=(8, 8, 16, 16), stem_width=8),
     "convnext": dict(model_name="convnext_atto", drop_path_rate=0.5, **CONVNEXT),
 }
 WAYS = {

@@ -60,9 +60,7 @@ def test_every_method_is_planned_in_every_configuration(
     assert max(map(len, text.splitlines())) <= 100
     assert "batch 64 = 8 GPUs x 1 parts x 8 images; 2 x 4 GPUs of 16 GiB" in text
     found = table(text)
-    allowed = {name for name in CONFIGURATIONS if "fp16" not in name or "zero0" in name}
-    assert set(found) == allowed
-    assert "Left out: zero1_fp16, zero2_fp16, zero3_fp16: at ZeRO-1/2/3 DeepSpeed's loss scale" in text
+    assert set(found) == set(CONFIGURATIONS) and "Left out" not in text
     assert all(figures[7] == "yes" and int(figures[8]) >= 8 for figures in found.values())
     assert "zero0_fp32 *" in text and "Enough: deepspeed=zero0_bf16" in text
 
@@ -123,8 +121,8 @@ def test_a_deepspeed_file_of_the_users_own_comes_first(tmp_path: Path, capsys: p
         next(line for line in text.splitlines() if line.startswith(name)) for name in ("small *", "zero2_fp32 ")
     )
     assert (
-        float(first.split()[6]) < 0.1 and float(default.split()[5]) > 1.8
-    )  # comm: 500 million numbers against a thousand
+        float(first.split()[6]) < 0.1 and float(default.split()[5]) > 0.18
+    )  # comm: 50 million numbers against a thousand
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import logging
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from data.shard_index import INDEX_NAME, ShardIndex, join
 from data.shard_paths import INFO_NAME, packed
 from data.sources import ImageIndex
 from data.workers import Pool
+from formats.files import DRAFTS, write_json
 
 VERSION = 1
 PARTS = ".parts"
@@ -89,8 +89,8 @@ def pack(source: str, target: Path, settings: PackSettings) -> dict[str, Any]:
         return found
     (target / PARTS).mkdir(parents=True, exist_ok=True)
     with _locked(target):
-        _write_json(target / INFO_NAME, {"complete": False, "form": form})
-        for draft in target.glob(".*.writing"):
+        write_json(target / INFO_NAME, {"complete": False, "form": form})
+        for draft in target.glob(DRAFTS):
             draft.unlink()
         jobs = list(_jobs(index, target, settings))
         reports = _run(jobs, index, settings)
@@ -100,7 +100,7 @@ def pack(source: str, target: Path, settings: PackSettings) -> dict[str, Any]:
         whole = join(parts)
         whole.save(target / INDEX_NAME)
         info = _info(form, whole, [reports[job.path.name] for job in jobs])
-        _write_json(target / INFO_NAME, info)
+        write_json(target / INFO_NAME, info)
         shutil.rmtree(target / PARTS)
     (target / LOCK).unlink(missing_ok=True)
     return info
@@ -228,15 +228,6 @@ def _info(form: dict[str, Any], whole: ShardIndex, reports: Sequence[ShardReport
         "shards": dict(zip(whole.shards, counts, strict=True)),
         "broken": [{"path": path, "reason": reason} for report in reports for path, reason in report.broken],
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.writing")
-    with open(draft, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def parse(words: Sequence[str]) -> tuple[str, Path, PackSettings]:

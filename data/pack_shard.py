@@ -23,6 +23,7 @@ from data.shard_index import Omitted, ShardIndex, read_tar
 from data.shrink import shrunk
 from data.sources import ImageIndex
 from data.tar import BLOCK, rounded
+from formats.files import write_atomically, write_text
 
 _RETRY_SECONDS = 120.0
 _MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"\x93NUMPY": ".npy", b"II*\0": ".tif", b"MM\0*": ".tif"}
@@ -63,6 +64,7 @@ def finished(job: Job) -> ShardReport | None:
     except (OSError, ValueError, TypeError):
         return None
     if report.images == 0:
+        job.path.unlink(missing_ok=True)  # a kill came before it
         return report
     whole = job.path.exists() and job.path.stat().st_size == index.lengths[0]
     return report if whole else None
@@ -72,33 +74,33 @@ def write_shard(job: Job, index: ImageIndex, count: Callable[[], object]) -> Sha
     """Write a shard; ``count`` is called after each image."""
     report, reader = ShardReport(), Reader(index, _RETRY_SECONDS)
     taken: set[str] = set()
-    draft = job.path.with_name(f".{job.path.name}.writing")
-    with open(draft, "wb") as file:
-        for i in job.images.tolist():
-            count()
-            try:
-                content, smaller = _content(reader.read(i), job)
-                name = _name(index, i, content, smaller, taken)
-            except DecodeError as error:
-                report.broken.append((index.path(i), str(error)))
-                continue
-            _add(file, name, content)
-            if index.class_names:
-                label = {"class": index.class_names[index.label(i)], "label": index.label(i)}
-                _add(file, os.path.splitext(name)[0] + ".json", json.dumps(label).encode())
-            report.images += 1
-            report.shrunk += smaller
-        file.write(bytes(2 * BLOCK))
-        file.flush()
-        os.fsync(file.fileno())
+
+    def write(draft: Path) -> None:
+        with open(draft, "wb") as file:
+            for i in job.images.tolist():
+                count()
+                try:
+                    content, smaller = _content(reader.read(i), job)
+                    name = _name(index, i, content, smaller, taken)
+                except DecodeError as error:
+                    report.broken.append((index.path(i), str(error)))
+                    continue
+                _add(file, name, content)
+                if index.class_names:
+                    label = {"class": index.class_names[index.label(i)], "label": index.label(i)}
+                    _add(file, os.path.splitext(name)[0] + ".json", json.dumps(label).encode())
+                report.images += 1
+                report.shrunk += smaller
+            file.write(bytes(2 * BLOCK))
+
+        with open(draft, "rb") as written:
+            read_tar(written, job.path.name, draft.stat().st_size, Omitted()).save(job.part)
+        write_text(job.part.with_suffix(".json"), json.dumps(asdict(report)))
+
+    write_atomically(job.path, write)  # last: a shard that has its name is not written again
     reader.close()
-    with open(draft, "rb") as written:
-        read_tar(written, job.path.name, draft.stat().st_size, Omitted()).save(job.part)
-    job.part.with_suffix(".json").write_text(json.dumps(asdict(report)))
-    if report.images:
-        os.replace(draft, job.path)
-    else:
-        os.unlink(draft)
+    if not report.images:
+        job.path.unlink()
     return report
 
 

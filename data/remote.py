@@ -165,15 +165,32 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(2)
 
 
-def fetch(address: str) -> bytes | None:
-    """The whole of a small file at an http(s) address, None where the server does not have it (or does not give it).
+class TooLongError(ValueError):
+    """A file at an address is longer than is taken from one."""
+
+
+def fetch(address: str, most: int) -> bytes | None:
+    """The whole of a file at an http(s) address, None where the server does not have it (or does not give it).
 
     Raises:
-        OSError: the server cannot be reached.
+        TooLongError: it has more than ``most`` bytes; hardly more than these are read.
+        OSError: the server cannot be reached, or breaks off.
     """
     try:
         with _request(address, 0) as response:
-            return response.read()
+            found = bytearray()
+            while True:
+                # What is still to come, where the server says it.
+                if len(found) + (response.length or 0) > most:
+                    raise TooLongError(f"{address} is longer than {most} bytes")
+                if not (piece := response.read(_PIECE)):
+                    break
+                found += piece
+            if response.length:
+                raise ConnectionError(f"{address}: the connection ended at byte {len(found)}")
+            return bytes(found)
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{address}: {type(error).__name__}: {error}") from error
     except urllib.error.HTTPError as error:
         if error.code < 500:
             return None

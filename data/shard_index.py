@@ -19,11 +19,18 @@ import numpy as np
 
 from data.listing import EXTENSIONS
 from data.part import Classes, Strings, gather, offsets_of
+from data.remote import TooLongError
 from data.tar import BLOCK, Readable, members, safe_name
+from formats.files import write_atomically
 
 INDEX_NAME = "index.npz"
 MAX_LABEL = 1 << 16
 """Longest ``.cls`` or ``.json`` of a sample that is read, in bytes."""
+MOST_BYTES = 2 << 30
+"""Longest index that is taken from an address, sent or unpacked, in bytes: it is held in memory, whatever a server sends.
+
+An image takes 20 to 24 of them and its name: 10 million with names of 190 bytes fit, 30 million of ImageNet's kind.
+"""
 
 FOLDER, WORD, NUMBER, NONE = 1, 2, 4, 8
 """Where a shard's classes come from: the first folder of the name, a word or a number in ``.cls`` or ``.json``, or nowhere."""
@@ -81,30 +88,30 @@ class ShardIndex:
         """Write ``path``, whole or not at all."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         texts = {name: _joined(value) for name, value in (("shards", self.shards), ("classes", self.classes))}
-        draft = path.with_name(f".{path.name}.{os.getpid()}.writing")
-        try:
-            with open(draft, "wb") as file:
+
+        def write(draft: Path) -> None:
+            with open(draft, "wb") as file:  # by a name savez would add .npz to it
                 np.savez(file, allow_pickle=False, **arrays, **texts)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+
+        write_atomically(path, write)
 
     @classmethod
-    def load(cls, file: BinaryIO | Path, name: str) -> ShardIndex:
-        """Read what :meth:`save` wrote.
+    def load(cls, file: BinaryIO | Path, name: str, most: int | None = None) -> ShardIndex:
+        """Read what :meth:`save` wrote, where it unpacks to at most ``most`` bytes: few may be sent that become many.
 
         Raises:
+            data.remote.TooLongError: it unpacks to more.
             ValueError: damaged, or no index; ``name`` says which.
         """
         try:
             with np.load(file, allow_pickle=False) as arrays:
+                if most is not None and sum(part.file_size for part in arrays.zip.infolist()) > most:
+                    raise TooLongError(f"{name} unpacks to more than {most} bytes")
                 found = {key: arrays[key] for key in cls.__dataclass_fields__}
             index = cls(**found | {key: _parted(found[key]) for key in ("shards", "classes")})
             index._check()
             return index
-        except FileNotFoundError:
+        except (FileNotFoundError, TooLongError):
             raise
         except Exception as error:  # a damaged zip raises nearly every type there is
             raise ValueError(

@@ -23,8 +23,8 @@ import numpy as np
 
 from data.part import Part
 from data.patience import StorageGoneError
-from data.remote import ShardStream, fetch
-from data.shard_index import FOLDER, INDEX_NAME, NONE, NUMBER, WORD, Omitted, ShardIndex, join, read_tar
+from data.remote import ShardStream, TooLongError, fetch
+from data.shard_index import FOLDER, INDEX_NAME, MOST_BYTES, NONE, NUMBER, WORD, Omitted, ShardIndex, join, read_tar
 from data.tar import TarError
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,7 @@ def _stream_index(addresses: Sequence[str], indices: Sequence[ShardIndex], retry
         if known[i] is None and not address.startswith("pipe:"):
             base = address.partition("?")[0].rpartition("/")[0] + "/" + INDEX_NAME
             if base not in beside:
-                content = fetch(base)
-                beside[base] = None if content is None else ShardIndex.load(io.BytesIO(content), base)
+                beside[base] = _index_at(base)
             if (index := beside[base]) is not None:
                 known[i] = _named_in(address, [index])
     rest = [i for i, found in enumerate(known) if found is None]
@@ -123,6 +122,18 @@ def _stream_index(addresses: Sequence[str], indices: Sequence[ShardIndex], retry
         for shard, i in enumerate(rest):
             known[i] = (read, shard)
     return _assembled(known)
+
+
+def _index_at(address: str) -> ShardIndex | None:
+    """The index at an http(s) address, None where there is none."""
+    try:
+        content = fetch(address, MOST_BYTES)
+        return None if content is None else ShardIndex.load(io.BytesIO(content), address, MOST_BYTES)
+    except TooLongError as error:
+        raise ValueError(
+            f"{error}, the most that is taken from an address: copy it to a disk and give it as a part of the path: "
+            f"FOLDER/{INDEX_NAME},http://..."
+        ) from error
 
 
 def _named_in(address: str, indices: Sequence[ShardIndex]) -> tuple[ShardIndex, int] | None:

@@ -17,8 +17,9 @@ import numpy as np
 from data.listing import EXTENSIONS, folder_part, list_part
 from data.part import CHUNK, Part, gather, offsets_of
 from data.shard_index import INDEX_NAME, ShardIndex
-from data.shard_paths import expand, in_folder, is_pattern, is_stream, matching, packed, split_path
+from data.shard_paths import in_folder, matching, packed
 from data.shards import local_part, stream_part
+from formats.paths import expand, is_pattern, is_stream, split_path
 
 ALLOWED = (
     "a folder of images or of tar shards, a text file of paths, shards such as train-{000..099}.tar, pipe:COMMAND, an http(s) "

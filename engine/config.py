@@ -17,6 +17,7 @@ from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfi
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.schema import BaseConfig
+from formats.paths import is_pattern, is_stream, split_path
 
 T = TypeVar("T")
 
@@ -211,17 +212,15 @@ def _expand(key: str, value: str, kind: str, words: tuple[str, ...]) -> str:
     if kind == "folder" or os.path.exists(whole):
         return whole
     parts = [whole]
-    if kind == "paths":  # a comma within braces is a pattern's own
-        parts = [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{}]*\})", value) if part.strip()]
+    if kind == "paths":
+        parts = [os.path.expanduser(part) for part in split_path(value)]
     for part in parts:
-        if not (os.path.exists(part) or (kind == "paths" and _SEVERAL.search(part))):
+        several = kind == "paths" and (is_stream(part) or is_pattern(part))  # which the data itself looks up
+        if not (several or os.path.exists(part)):
             other = f"; give a path or {' or '.join(words)}" if words else ""
             raise ConfigError(f"{key}: {part!r} does not exist{other}")
     return ",".join(parts)
 
-
-_SEVERAL = re.compile(r"^(pipe:|https?://)|[{*?\[]")
-"""Parts of paths that the data itself looks up: streams, and patterns for several files."""
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from engine.config import to_yaml
 from engine.curves import line_chart
-from engine.files import append_result, write_atomically, write_text
+from engine.files import append_result
 from engine.log import read_log
+from formats.files import write_atomically, write_text
 
 _PICTURE = re.compile(r"(?P<name>.+)_step(?P<step>\d+)\.png")
 _SUMMARY = (

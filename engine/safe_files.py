@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 
 from engine.config import ConfigError
-from engine.files import file_digest
 from engine.world import World
-
-HASHES = "hashes.json"
+from formats.hashes import HASHES, file_digest, read_hashes, wrong_file
 
 
 class _HashingFile:
@@ -67,7 +64,7 @@ def write_hashed(path: Path, content: Any) -> str:
 def is_whole(folder: Path, name: str) -> bool:
     """Whether one file of a checkpoint is as it was written."""
     try:
-        return file_digest(folder / name) == json.loads((folder / HASHES).read_text())[name]
+        return file_digest(folder / name) == read_hashes(folder)[name]
     except (OSError, ValueError, KeyError):
         return False
 
@@ -80,24 +77,16 @@ def damage(folder: Path, world: World) -> str:
     Raises:
         ConfigError: a file is there and cannot be read now, which is no reason to do without it.
     """
-    unread = ""
+    wrong = unread = ""
     try:
-        hashes: dict[str, str] = json.loads((folder / HASHES).read_text())
-        wrong = ""
-    except (FileNotFoundError, ValueError) as error:
-        hashes, wrong = {}, f"{HASHES} cannot be read ({error})"
+        hashes = read_hashes(folder)
+        wrong = wrong_file(folder, {name: hashes[name] for name in sorted(hashes)[world.rank :: world.size]})
+    except FileNotFoundError:
+        wrong = f"{HASHES} is missing"
+    except ValueError as error:
+        wrong = str(error)
     except OSError as error:
-        hashes, wrong, unread = {}, "", str(error)
-    for name in sorted(hashes)[world.rank :: world.size]:
-        try:
-            if file_digest(folder / name) != hashes[name]:
-                wrong = f"{name} is not as it was written ({(folder / name).stat().st_size} bytes)"
-        except FileNotFoundError:
-            wrong = f"{name} is missing"
-        except OSError as error:
-            unread = str(error)
-        if wrong or unread:
-            break
+        unread = str(error)
     if unread := next((said for said in world.gather(unread) if said), ""):
         raise ConfigError(f"{folder} cannot be read now ({unread}): see to its disk, and give the same command again")
     return next((said for said in world.gather(wrong) if said), "")

@@ -230,6 +230,10 @@ def _places(indices: Any, is_empty: Callable[[Tensor], bool]) -> list[Any]:
     return places
 
 
+_IS_CPU: Any = getattr(Tensor.is_cpu, "__get__")  # noqa: B009
+"""What ``tensor.is_cpu`` calls."""
+
+
 class _Functions(TorchFunctionMode):
     """What differs between the CPU that is traced on and the GPU that is planned for."""
 
@@ -239,6 +243,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if func == _IS_CPU:
+            return not self.gpu  # whoever chooses a way by the device takes the one of that device
         if name in ("tolist", "numpy") and self.mode.is_empty(args[0]):
             raise ValueNeededError("the step depends on values that it computes")
         if self.gpu and name in _FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):

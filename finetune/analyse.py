@@ -18,7 +18,6 @@ from data.loader import Loader
 from data.sources import ImageIndex
 from engine import faults
 from engine.config import ConfigError, user_errors
-from engine.files import write_json
 from engine.log import progress
 from engine.loop import peak_memory
 from engine.report import keep_settings, record, write_report
@@ -29,6 +28,7 @@ from finetune.channels import ChannelSums
 from finetune.config import FinetuneData, MeasureConfig
 from finetune.evaluate import Census
 from finetune.features import lay_out, prepare
+from formats.files import write_json
 from models.encoder import stages
 from models.pixels import normalise, to_unit
 from models.pretrained import describe

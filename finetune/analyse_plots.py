@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.files import write_atomically
+from formats.files import write_atomically
 
 PANELS = 12
 """Histograms shown, of layers spread evenly over the depth."""

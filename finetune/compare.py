@@ -23,12 +23,12 @@ from engine import cli, ds
 from engine.checkpoint import identity
 from engine.config import ConfigError, user_errors
 from engine.faults import NonFiniteLossError, StoppedRunError, listen
-from engine.files import write_json
 from engine.log import setup
 from engine.world import World, join
 from finetune import compare_report, heads, sets
 from finetune.comparison import KEPT, WORDS, Request, Run, make_runs, read_request, root_of
 from finetune.tasks import TASKS
+from formats.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_atomically, write_json, write_text
 from engine.report import page, table
+from formats.files import write_atomically, write_json, write_text
 
 Entries = list[dict[str, Any]]
 

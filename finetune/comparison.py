@@ -10,9 +10,9 @@ from typing import Any
 
 from engine import cli
 from engine.config import ConfigError, check_run
-from engine.files import file_digest
 from finetune import heads
 from finetune.init import PRETRAINED, SCRATCH, pretrained_of
+from formats.hashes import file_digest
 from models.pretrained import TIMM
 
 WORDS = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.files import write_atomically, write_json, write_text
 from finetune.evaluate import Outcome
+from formats.files import write_atomically, write_json, write_text
 
 NAMED = 40
 """Classes up to which the picture names them, and up to 20 writes its numbers."""

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.config import ConfigError, user_errors
-from engine.files import write_atomically, write_json
 from engine.schema import EncoderConfig
 from engine.world import seed_step
 from finetune import heads
 from finetune.config import FinetuneData
 from finetune.sets import eval_size
+from formats.files import write_atomically, write_json
 from models.encoder import build_encoder, head_prefixes
 from models.pretrained import TIMM, check_card, describe, load_pretrained
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formats.hashes import refuse_damaged
 from formats.pickles import load_pickle
 
 MODEL = "*_model_states.pt"
@@ -72,13 +73,14 @@ class ZeroCheckpoint:
         groups: name to shape of the trained parameters, one dictionary for each flat tensor of the optimiser; none of ZeRO-0.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """
+    def __init__(self, folder: Path, *, checked: bool = False) -> None:
+        """``checked``: its files were compared with its ``hashes.json`` already; else each is before it is read.
+
         Raises:
             ValueError: files that are missing, damaged, or of a network cut for tensor or pipeline parallelism.
         """
-        self.folder = folder
-        files = _by_rank(folder, MODEL)
+        self.folder, self.checked = folder, checked
+        files = self._files(MODEL)
         if not files:
             raise ValueError(f"{folder} is no checkpoint of DeepSpeed's: no {MODEL} is in it")
         with _deepspeeds_classes():
@@ -168,10 +170,16 @@ class ZeroCheckpoint:
             raise ValueError(f"{self.folder} does not hold the state of a torch optimiser")
         return found
 
+    def _files(self, pattern: str) -> list[Path]:
+        """One file per process, in their order."""
+        if not self.checked:
+            refuse_damaged(self.folder, pattern)
+        return _by_rank(self.folder, pattern)
+
     @cached_property
     def _optimizers(self) -> list[dict[str, Any]]:
         """Each process's part of the optimiser."""
-        files, found = _by_rank(self.folder, OPTIM), []
+        files, found = self._files(OPTIM), []
         for file in files:
             with _deepspeeds_classes():
                 saved = load_pickle(file, lazily=True).get("optimizer_state_dict")

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from formats.files import write_atomically
+
 LOGIT_LAPLACE_EPS = 0.1
 """Appendix A.3: the logit-Laplace density needs values strictly inside (0, 1)."""
 
@@ -337,12 +339,7 @@ def save_tokenizer(dvae: DVAE, path: str | os.PathLike[str]) -> None:
     state = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in dvae.state_dict().items()}
     config = json.dumps(asdict(dvae.config), sort_keys=True)
     metadata = {"format": TOKENIZER_FORMAT, "config": config, "sha256": _checksum(config, state)}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        safetensors.torch.save_file(state, part, metadata=metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, lambda draft: safetensors.torch.save_file(state, draft, metadata=metadata))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> DVAE:

@@ -97,14 +97,15 @@ def load_reported(
     image_size: tuple[int, int],
     kwargs: Mapping[str, Any],
     whole: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
 ) -> KeyReport:
     """Load the weights of ``source`` into ``model``, a timm model built with the other arguments, strictly.
 
     ``source`` is :data:`TIMM`, a run folder, a checkpoint of a run in progress, or a file of any kind that
     ``models.interop`` knows: a released one of the papers' codes, timm's, torchvision's. Channels, position embeddings
     and patch embeddings are made to fit as timm does it. A classifier in ``source`` is loaded if it fits and left out
-    if it does not. ``whole``: see :func:`weights_file`; ``ema``: the moving average beside the weights.
+    if it does not. ``whole``: see :func:`weights_file`; ``ema``: the moving average beside the weights, see
+    :func:`read_weights`.
 
     Returns what became of every key; it is logged, too.
 

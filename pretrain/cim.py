@@ -21,8 +21,8 @@ from torchvision.utils import make_grid
 from data.transforms import CropResize
 from engine.blocks import block_options
 from engine.config import ConfigError
-from engine.files import file_digest
 from engine.schema import CropConfig, DataConfig, EncoderConfig, option
+from formats.hashes import file_digest
 from models.beit import BEiT
 from models.blocks import arrange
 from models.dvae import FrozenTokenizer, load_tokenizer

@@ -17,8 +17,8 @@ from torchvision.utils import make_grid
 from data.transforms import CropResize
 from engine.blocks import block_options
 from engine.config import ConfigError
-from engine.files import write_atomically
 from engine.schema import CropConfig, DataConfig, OptimConfig, option
+from formats.files import write_atomically
 from models.blocks import arrange
 from models.dvae import DVAE, logit_laplace_nll, map_pixels, save_tokenizer
 from models.pixels import to_unit

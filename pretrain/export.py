@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.config import user_errors
-from engine.files import write_atomically, write_json
+from formats.files import write_atomically, write_json
 from models.pretrained import check_card, describe, load_pretrained
 
 

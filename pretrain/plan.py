@@ -19,8 +19,7 @@ from engine.plan_command import command
 from engine.planning import Cluster, Subject
 from engine.traced import Shapes, Step, ValueNeededError, trace, without_weights
 from models.dvae import DVAE
-from models.sparse import conv
-from pretrain import cim, masked
+from pretrain import cim
 from pretrain.methods import METHODS
 
 ASSUMED = "none given: of DALL-E's size"
@@ -44,9 +43,7 @@ def fill_in(config: Any, cluster: Cluster) -> None:
 def build(config: Any, cluster: Cluster | None = None, *, gpu: bool = True) -> Subject:
     """The method of a recipe without weights, and how to trace its step as it runs on a GPU, else on a CPU."""
     load_tokenizer = _instead(cim, "load_tokenizer", lambda real: functools.partial(_tokenizer, real, config))
-    # Whether sparse encoding of a network is exact is a question of values: a run asks it.
-    unchecked = _instead(masked, "check_sparse", lambda _: lambda *_: None)
-    with user_errors(), without_weights() as mode, load_tokenizer, unchecked:
+    with user_errors(), without_weights() as mode, load_tokenizer:
         method: nn.Module = METHODS[config.method](config)
         groups = param_groups(method, config.optim)
     tokenizer = getattr(method, "tokenizer", None)
@@ -71,13 +68,9 @@ def _trace(
     images: int,
     dtype: torch.dtype | None,
 ) -> Step:
-    # Which way a convolution of tiles takes depends on the device; for any but a CPU it is a GPU's.
-    as_on_gpu = _instead(conv, "choose", lambda real: lambda x, *rest: real(x.to("meta") if gpu else x, *rest))
-    values = batch(config, images, apart)
+    values, accumulated = batch(config, images, apart), config.train.accumulation > 1
     try:
-        with as_on_gpu:
-            accumulated = config.train.accumulation > 1
-            return trace(method, values, mode, dtype, apart=apart, accumulated=accumulated, gpu=gpu)
+        return trace(method, values, mode, dtype, apart=apart, accumulated=accumulated, gpu=gpu)
     except ValueNeededError as error:
         raise ConfigError(f"{config.recipe} cannot be planned: {error}") from error
 

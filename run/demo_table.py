@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_json, write_text
 from engine.report import curves_section, page, pictures_section, table
+from formats.files import write_json, write_text
 
 STAGES = {
     "digits": "write the digits as an image folder",

@@ -95,7 +95,11 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="resize positions for such images")
     parser.add_argument("--in_chans", type=int, help="adapt the first layer to so many channels")
     parser.add_argument("--whole", action="store_true", help="of a run folder model.safetensors, with its classifier")
-    parser.add_argument("--ema", action="store_true", help="the moving average kept beside the weights")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="the moving average kept beside the weights, or the weights [the average of a run's checkpoint that has one]",
+    )
 
 
 def _network(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from models.interop.report import KeyReport, Weights
 from models.interop.source import read_weights, weights_file
 from models.interop.strict import InteropError, listed
 from models.interop.torchvision import TORCHVISION, export_torchvision, image_side, torchvision_call, torchvision_name
+from models.interop.zero import is_zero
 
 TARGETS = ("timm", "torchvision", "hub")
 
@@ -40,7 +41,7 @@ def network_of(
     source: Path,
     *,
     whole: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
     name: str | None = None,
     **asked: Any,
 ) -> Network:
@@ -51,7 +52,7 @@ def network_of(
     Raises:
         ValueError: no network is named, or two are.
     """
-    file = weights_file(source, whole=whole)
+    file = weights_file(source, whole=whole, ema=ema)
     card, weights = read_card(file), read_weights(source, whole=whole, ema=ema)
     if name is not None and card.get("name", name) != name:
         raise ValueError(f"{file} was made with {card['name']}: leave out --name")
@@ -115,7 +116,10 @@ def write(source: Path, out: Path, to: str, **asked: Any) -> str:
         save_file(state, out, metadata={"format": "pt"})
     untouched = [*network.card.get("untouched", []), *report.missing]
     never = "; never trained, as they were before pre-training: " if untouched else ""
-    return told + never + ", ".join(map(renamed, untouched)) + left_out(report)
+    file = Path(network.weights.source)
+    chosen = is_zero(file) or is_zero(file.parent)  # which of a run's checkpoints, and its weights or their average
+    read = f"; read from {file} ({network.weights.kind})" if chosen else ""
+    return told + never + ", ".join(map(renamed, untouched)) + left_out(report) + read
 
 
 def inspect(source: Path, **asked: Any) -> tuple[str, bool]:
@@ -123,7 +127,7 @@ def inspect(source: Path, **asked: Any) -> tuple[str, bool]:
 
     Where no network is named or told, the groups of its keys alone.
     """
-    weights = read_weights(source, whole=asked.get("whole", False), ema=asked.get("ema", False))
+    weights = read_weights(source, whole=asked.get("whole", False), ema=asked.get("ema"))
     try:
         network = network_of(source, **asked)
     except UnknownNetworkError as error:

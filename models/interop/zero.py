@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formats.hashes import HASHES, read_hashes, refuse_damaged
 from formats.pickles import load_pickle
 from formats.zero import MODEL, ZeroCheckpoint
+from models.interop.card import AVERAGE
+
+_STEP = re.compile(r"step\d+")
 
 
 def is_zero(folder: Path) -> bool:
-    """Whether a folder holds one checkpoint of DeepSpeed's (``stepNNNNNNNN`` of our runs)."""
-    return folder.is_dir() and any(folder.glob(MODEL))
+    """Whether a folder holds one checkpoint of DeepSpeed's (``stepNNNNNNNN`` of our runs), be it what is left of it."""
+    ours = _STEP.fullmatch(folder.name) and (folder / HASHES).is_file()
+    return folder.is_dir() and bool(ours or any(folder.glob(MODEL)))
 
 
 def newest_zero(folder: Path) -> Path | None:
@@ -22,7 +27,7 @@ def newest_zero(folder: Path) -> Path | None:
     if is_zero(folder):
         return folder
     for root in (folder, folder / "checkpoints"):
-        steps = [path for path in root.glob("step*") if re.fullmatch(r"step\d+", path.name) and is_zero(path)]
+        steps = [path for path in root.glob("step*") if _STEP.fullmatch(path.name) and is_zero(path)]
         if steps:
             return max(steps, key=lambda path: int(path.name.removeprefix("step")))
         named = root / "latest"
@@ -31,19 +36,34 @@ def newest_zero(folder: Path) -> Path | None:
     return None
 
 
-def read_zero(folder: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:
+def keeps_average(folder: Path) -> bool:
+    """Whether a checkpoint has, or had when it was written, a moving average of the weights beside them."""
+    try:
+        return (folder / AVERAGE).is_file() or AVERAGE in read_hashes(folder)
+    except (OSError, ValueError):  # told when the weights are read
+        return False
+
+
+def read_average(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The moving average that a run keeps beside its weights, ``ema.pt``, as :func:`read_zero` gives these.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    refuse_damaged(folder, AVERAGE)
+    if not (folder / AVERAGE).is_file():
+        raise ValueError(f"{folder} has no {AVERAGE}: that run keeps no moving average (train.ema_decay)")
+    return _floats(load_pickle(folder / AVERAGE)), "the moving average of a DeepSpeed checkpoint"
+
+
+def read_zero(folder: Path) -> tuple[dict[str, Tensor], str]:
     """Whole state dict of a checkpoint, float32, on the CPU -> (it, and in words what was read).
 
-    Frozen parameters, buffers and parameters with several names are there. ``ema``: the moving average of one of our
-    runs, ``ema.pt``, instead of the weights.
+    Frozen parameters, buffers and parameters with several names are there.
 
     Raises:
         ValueError: files that are missing, damaged, or of a network cut for tensor or pipeline parallelism.
     """
-    if ema:
-        if not (folder / "ema.pt").is_file():
-            raise ValueError(f"{folder} has no ema.pt: that run keeps no moving average (train.ema_decay)")
-        return _floats(load_pickle(folder / "ema.pt")), "the moving average of a DeepSpeed checkpoint"
     saved = ZeroCheckpoint(folder)
     wholes = {spread: spread.whole() for spread in saved.weights.values()}
     state = {name: wholes[spread] for name, spread in saved.weights.items()}
@@ -53,7 +73,8 @@ def read_zero(folder: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], st
             if not torch.equal(state[name].to(stored.dtype), stored):
                 raise ValueError(f"{folder}: the float32 values of {name} are not where they should be")
     rounded = "" if saved.exact else f", rounded to {saved.rounded_to} as it was trained"
-    return state, f"a DeepSpeed checkpoint of ZeRO-{saved.stage}{rounded}"
+    other = f", not their moving average in {AVERAGE}" if keeps_average(folder) else ""
+    return state, f"{'the weights of ' if other else ''}a DeepSpeed checkpoint of ZeRO-{saved.stage}{rounded}{other}"
 
 
 def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:

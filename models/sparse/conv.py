@@ -67,7 +67,7 @@ def choose(x: Tensor, weight: Tensor, near: Neighbourhood) -> str:
     if near.pad.mode not in ("constant", "reflect") or near.pad.value:
         return "canvas"  # what lies outside the image is neither zero nor a site nearby
     largest = {1: SMALL, x.shape[1]: 1}.get(near.groups, 0)
-    if max(near.out_side) <= largest and (near.groups == 1 or len(weight) == near.groups) and x.device.type == "cpu":
+    if max(near.out_side) <= largest and (near.groups == 1 or len(weight) == near.groups) and near.tiles.on_cpu:
         return "pairs"
     extent, grid = near.extent(kernel), near.tiles.grid
     wide = extent[0] * extent[1] / (near.side[0] * near.side[1])

@@ -29,6 +29,8 @@ class Tiles(Geometry):
 
     def __init__(self, mask: Tensor, image_size: tuple[int, int]) -> None:
         super().__init__(mask, image_size)
+        self.on_cpu = mask.is_cpu
+        """whether ways are chosen that are fast on a CPU; a trace of a step answers for the device that it stands for"""
         self.patches = (~mask).flatten().nonzero().squeeze(1)
         """(B * K,) int64: the visible patches, counted through the batch"""
         slots = torch.full((mask.numel(),), -1, dtype=torch.long, device=mask.device)

@@ -281,7 +281,7 @@ def test_a_damaged_or_missing_shard_is_made_again(tmp_path: Path) -> None:
     os.truncate(out / "out-000001.tar", 1024)
     (out / "out-000002.tar").unlink()
     (out / ".parts/out-000003.npz").write_bytes(b"x")
-    (out / ".out-000004.tar.writing").write_bytes(b"half")
+    (out / ".out-000004.tar.7.tmp").write_bytes(b"half")
     pack(str(images), out, settings)
     assert _contents(out) == expected and len(_files(out)) == 7
 

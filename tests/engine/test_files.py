@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import append_result, write_atomically, write_json, write_text
+from engine.files import append_result
+from formats.files import write_atomically, write_json, write_text
 
 
 def test_texts_and_objects(tmp_path: Path) -> None:

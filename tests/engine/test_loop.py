@@ -10,13 +10,13 @@ from torch import nn
 
 from engine.config import ConfigError
 from engine.faults import NonFiniteLossError
-from engine.files import write_json, write_text
 from engine.log import read_log
 from engine.loop import Hooks, fit
 from engine.optim import build_optimizer, param_groups, set_step
 from engine.safe_files import write_hashed
 from engine.schedule import Plan
 from engine.world import World, join, seed_step
+from formats.files import write_json, write_text
 from tests.engine.toy import ToyLoader, ToyMethod, config, method
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.files import file_digest, write_json
+from formats.files import write_json
+from formats.hashes import file_digest
 from tests.engine.test_faults import Place
 from tests.launch import ROOT
 

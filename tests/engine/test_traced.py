@@ -153,6 +153,25 @@ def test_a_step_that_needs_values_is_refused(question: str, monkeypatch: pytest.
         traced(Asks, torch.ones(2, 3, 6))
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_tensor_says_whether_it_stands_for_one_of_a_gpu(gpu: bool) -> None:
+    """By which a network chooses its way; where new tensors are to be made stays as it is."""
+    said = []
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            x = batch["image"]
+            said.append(x.is_cpu)
+            return {"loss": (self.layer(x) + torch.zeros(5, device=x.device)).sum()}
+
+    traced(Asks, torch.zeros(3, 5), gpu=gpu)
+    assert said == [not gpu] and torch.zeros(1).is_cpu
+
+
 def test_nothing_is_left_behind() -> None:
     register = nn.Module.register_parameter
     with pytest.raises(ZeroDivisionError), without_weights():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import file_digest
 from finetune.comparison import Init
 from finetune.heads import Classes
+from formats.hashes import file_digest
 from tests.finetune.test_init import save_encoder
 
 OURS = [str(digit) for digit in range(10)]  # as save_encoder names them

@@ -8,11 +8,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from models.masking import random_mask, upsample
 from models.sparse import SparseError, dense, like_image, per_image, sparse_images, sparsify
-from models.sparse.check import randomised
+from models.sparse.check import check, randomised
 from models.sparse.conv import WAYS, Neighbourhood, tile_conv2d
 from models.sparse.tensor import Pad, SparseTensor, plain
 from models.sparse.tiles import Tiles
@@ -593,3 +594,25 @@ def test_a_mask_of_another_batch_is_refused(mask: Any) -> None:
     for backend in (*BACKENDS, "dense"):
         with pytest.raises(SparseError, match="images of shape"):
             sparse_images(torch.rand(2, 3, 8, 8), mask, backend)
+
+
+def test_a_network_without_values_is_not_tried() -> None:
+    """One on the meta device and a fake one have nothing to compare; the same network with numbers is refused."""
+
+    class Rolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.roll(self.layer(x), 1, 2)
+
+    def tried() -> None:
+        check(Rolled(), Tiles, (8, 8), 1, lambda model, x: model(x))
+
+    with torch.device("meta"):
+        tried()
+    with FakeTensorMode():
+        tried()
+    with pytest.raises(SparseError):
+        tried()

@@ -97,8 +97,10 @@ def write_shard(job: Job, index: ImageIndex, count: Callable[[], object]) -> Sha
             read_tar(written, job.path.name, draft.stat().st_size, Omitted()).save(job.part)
         write_text(job.part.with_suffix(".json"), json.dumps(asdict(report)))
 
-    write_atomically(job.path, write)  # last: a shard that has its name is not written again
-    reader.close()
+    try:
+        write_atomically(job.path, write)  # last: a shard that has its name is not written again
+    finally:
+        reader.close()
     if not report.images:
         job.path.unlink()
     return report

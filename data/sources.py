@@ -56,7 +56,13 @@ class ImageIndex:
     """(N,) uint32, the length of an image in a shard in bytes, 0 for a file; empty without shards."""
 
     @classmethod
-    def scan(cls, path: str | os.PathLike[str], classes: bool, class_names: Sequence[str] | None = None) -> ImageIndex:
+    def scan(
+        cls,
+        path: str | os.PathLike[str],
+        classes: bool,
+        class_names: Sequence[str] | None = None,
+        retry_seconds: float = 120.0,
+    ) -> ImageIndex:
         """Find the images at ``path``.
 
         ``path`` is one of these, or several separated by commas:
@@ -73,7 +79,7 @@ class ImageIndex:
         their numbering (those of the training set, for a validation set that may lack some); without it they are the sorted names
         found (class numbers of shards in the order of numbers).
         """
-        parts = find_parts(os.fspath(path), classes)
+        parts = find_parts(os.fspath(path), classes, retry_seconds)
         if classes and (why := next((part.unlabelled for part in parts if part.unlabelled), "")):
             raise ValueError(why)
         known = _known_classes(parts, class_names) if classes else []
@@ -194,7 +200,7 @@ class ImageIndex:
         return self.select(np.sort(np.concatenate(chosen)))
 
 
-def find_parts(text: str, classes: bool) -> list[Part]:
+def find_parts(text: str, classes: bool, retry_seconds: float = 120.0) -> list[Part]:
     """The parts of a path, each with its images.
 
     Raises:
@@ -211,7 +217,7 @@ def find_parts(text: str, classes: bool) -> list[Part]:
         raise ValueError(f"image path {text!r} has an index of shards, but no pipe: or http(s) address that it is for")
     found = []
     for word in words:
-        part, kind = _part(word, classes, indices)
+        part, kind = _part(word, classes, indices, retry_seconds)
         if not len(part):
             looked = f"; looked, at any depth, for {' '.join(sorted(EXTENSIONS))}" if kind != "list" else ""
             raise ValueError(f"no images in {kind} {word!r}{looked}")
@@ -223,10 +229,10 @@ def _is_index(word: str) -> bool:
     return word.endswith(".npz") and not is_stream(word) and os.path.isfile(word)
 
 
-def _part(word: str, classes: bool, indices: Sequence[ShardIndex]) -> tuple[Part, str]:
+def _part(word: str, classes: bool, indices: Sequence[ShardIndex], retry_seconds: float) -> tuple[Part, str]:
     """(images of one part of a path, what kind of part it is)."""
     if is_stream(word):
-        return stream_part(expand(word), indices), "stream"
+        return stream_part(expand(word), indices, retry_seconds), "stream"
     path = Path(word)
     if not path.exists() and is_pattern(word):
         return local_part(matching(word)), "shards"

@@ -26,11 +26,11 @@ class StoppedRunError(Exception):
     """The run was told to stop, and has written a checkpoint."""
 
 
-class StoppedEvaluationError(Exception):
+class StoppedEvaluationError(StoppedRunError):
     """A signal came in the midst of an evaluation, to this process or to another one; ``signal`` is which."""
 
     def __init__(self, number: int) -> None:
-        super().__init__("the evaluation was stopped by a signal")
+        super().__init__("stopped by a signal while images were evaluated; the same command does that again")
         self.signal = number
 
 
@@ -64,24 +64,28 @@ def listen() -> None:
 
 
 def unlisten() -> None:
-    """From now on the signals end this process at once: it takes no steps after which they would be heeded."""
+    """From now on the signals end this process at once: it takes no steps after which they would be heeded.
+
+    One that has come already is forgotten: the run that it was for is over.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(STOP, signal.SIG_DFL)
         signal.signal(REQUEUE, signal.SIG_DFL)
+    _received.clear()
 
 
 def _note(number: int, frame: Any) -> None:
     _received.add(number)
 
 
+def hear(number: int) -> None:
+    """Another process was sent this signal, which is meant for all of them."""
+    _received.add(number)
+
+
 def received() -> set[int]:
     """Which of :data:`STOP` and :data:`REQUEUE` this process was sent."""
     return set(_received)
-
-
-def forget() -> None:
-    """No signal has come: a run begins in a process that had one."""
-    _received.clear()
 
 
 def told(counts: Iterable[float]) -> int:

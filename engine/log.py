@@ -61,20 +61,22 @@ class RunLog:
     def __init__(self, folder: Path, world: World, first_step: int) -> None:
         self._file: Any = None
         self._events: SummaryWriter | None = None
-        self._kept: list[dict[str, Any]] = []
+        self._last: dict[str, dict[str, Any]] = {}
         if not world.is_main:
             return
         path = folder / "log.jsonl"
         if path.is_file():
-            # A run that was killed has logged steps after its last checkpoint; they are taken again.
-            self._kept = [line for line in read_log(path) if line["step"] <= first_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in self._kept))
+            # A run that was killed has logged steps after its last checkpoint; they are taken again. That it went back
+            # before is true all the same.
+            kept = [line for line in read_log(path) if line["step"] <= first_step or line["event"] == "rollback"]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._last = {line["event"]: line for line in kept}
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "events"), purge_step=first_step + 1)
 
     def last(self, event: str) -> dict[str, Any]:
         """The newest line of that kind from before this leg of the run, empty where there is none or on another rank."""
-        return next((line for line in reversed(self._kept) if line["event"] == event), {})
+        return self._last.get(event, {})
 
     def write(self, step: int, values: dict[str, Any], event: str = "train") -> None:
         """One line: what happened at the end of ``step`` (the first step is 1)."""

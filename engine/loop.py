@@ -7,6 +7,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -90,7 +91,7 @@ class _Run:
         self.stage, self.autocast = ds.stage_of(merged), ds.autocast_dtype(merged)
         self.plan = Plan.make(config.optim, config.train, len(loader))
         if config.optim.lr and config.optim.lr_batch not in (None, config.train.batch_size):
-            log.warning(
+            (log.warning if world.is_main else log.info)(
                 "optim.lr=%g was given for batches of %d, this run has %d: scaled with it, it would be %.4g",
                 *(config.optim.lr, config.optim.lr_batch, config.train.batch_size),
                 config.optim.lr * config.train.batch_size / config.optim.lr_batch,
@@ -121,18 +122,14 @@ class _Run:
         faults.listen()
         self.watchdog = Watchdog(self.world, 60 * self.train.timeout_minutes)
         bar = progress(None, self.world, self.config.recipe, total=plan.steps, unit="step")
-        step, batches = self._resume(bar)
-        first = step
-        if first == 0:
-            self._pictures(0)
+        with self._naming_lost_processes():
+            step, batches = self._resume(bar)
         try:
-            with faults.naming_lost_processes(lambda: self.checkpoints.last):
-                if first == plan.steps:
+            with self._naming_lost_processes():
+                if step == plan.steps:
                     log.info("%s has finished its %d steps already", self.folder, plan.steps)
                     self._export()
-                    self._evaluate(first)
-                elif first and not self.world.agree(self.run_log.last("evaluate").get("step") == first):
-                    self._look(first)  # the run ended after the checkpoint of that step, and before this
+                self._look(step, again=True)
                 while step < plan.steps:
                     values = self._step(step, batches)
                     if self.bad_steps > self.train.max_skipped:
@@ -149,6 +146,9 @@ class _Run:
             self.lock.release()
             faults.unlisten()
         return Summary(plan.steps, time.perf_counter() - started, self.results)
+
+    def _naming_lost_processes(self) -> AbstractContextManager[None]:
+        return faults.naming_lost_processes(lambda: self.checkpoints.last)
 
     def _resume(self, bar: Any) -> tuple[int, Iterator[dict[str, Tensor]]]:
         """Continue from the newest checkpoint, or begin -> steps done, and the batches that follow."""
@@ -304,12 +304,15 @@ class _Run:
             self._leave(step)
         self._look(step)
 
-    def _look(self, step: int) -> None:
-        """Evaluate and draw, if that is due after ``step``."""
+    def _look(self, step: int, again: bool = False) -> None:
+        """Evaluate and draw, if that is due after ``step``; ``again``: what an earlier leg of the run has not done by then."""
         last = step == self.plan.steps
-        if last or self._ends_epochs(step, self.train.eval_epochs):
+        drawn = any((self.folder / "pictures").glob(f"*_step{step:08d}.png"))
+        evaluated, drawn = self.world.gather([self.run_log.last("evaluate").get("step") == step, drawn])[0]
+        # The last evaluation is also what this leg ends with.
+        if last or (step and self._ends_epochs(step, self.train.eval_epochs) and not (again and evaluated)):
             self._evaluate(step)
-        if last or self._ends_epochs(step, self.train.picture_epochs):
+        if (last or self._ends_epochs(step, self.train.picture_epochs)) and not (again and drawn):
             self._pictures(step)
 
     def _save(self, step: int, last: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine import faults
 from engine.world import World
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ _ORPHAN = 60.0
 """Seconds that a process whose launcher has died may stand still."""
 _ANSWER = 10.0
 """Seconds that the meeting point of the processes has to answer, at most."""
+_SIGNAL = "palimpsest_signal"
+"""Where the processes tell each other of a signal: in the midst of an evaluation they do not meet."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,10 @@ class Watchdog:
 
         def ask() -> None:
             self._store.set(f"palimpsest_beat_{self._world.rank}", json.dumps(self._mine().__dict__))
+            if signals := faults.received():
+                self._store.set(_SIGNAL, str(faults.REQUEUE if faults.REQUEUE in signals else faults.STOP.value))
+            elif self._store.check([_SIGNAL]):
+                faults.hear(int(self._store.get(_SIGNAL)))
             if wait:
                 time.sleep(wait)  # those that live have written theirs by now
                 for rank in range(self._world.size):

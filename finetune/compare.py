@@ -20,7 +20,7 @@ import torch
 
 from data.sources import ImageIndex
 from engine import cli, ds
-from engine.checkpoint import identity
+from engine.checkpoint import identity, take_over
 from engine.config import ConfigError, user_errors
 from engine.faults import NonFiniteLossError, StoppedRunError, listen
 from engine.log import setup
@@ -235,6 +235,7 @@ class Comparison:
             write_json(run.folder / RECORD, record | {"state": "started"})
         started = time.perf_counter()
         try:
+            take_over(run.config, world)
             self.program.run(run.config, world)
             reason = ""
         except StoppedRunError:

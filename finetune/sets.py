@@ -1,6 +1,7 @@
 """The labelled images of a run: which ones they are, and the batches of each process."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def split_paths(data: FinetuneData) -> tuple[str, str]:
 def find_sets(data: FinetuneData, seed: int) -> Sets:
     """Scan both sets; of the training set only the share ``data.labels``."""
     train_path, val_path = split_paths(data)
-    train = ImageIndex.scan(train_path, classes=True, class_names=read_classes(data.class_list))
+    train = _scan(train_path, data, read_classes(data.class_list))
     if len(train.class_names) < 2:
         raise ConfigError(f"{train_path} has the one class {train.class_names[0]!r}: classification needs two or more")
-    val = ImageIndex.scan(val_path, classes=True, class_names=train.class_names)
+    val = _scan(val_path, data, train.class_names)
     # A float is a share; an int would be a number of images in all.
     return Sets(train.subset(float(data.labels), seed) if data.labels < 1 else train, val)
 
@@ -87,8 +88,12 @@ def find_val(data: FinetuneData, class_names: list[str] | None) -> ImageIndex:
     if names is None and (data.val_path or val):
         # All classes of the training set, of which the images to evaluate may have some only.
         train = str(root / "train") if (root / "train").is_dir() else data.path if data.val_path else None
-        names = None if train is None else ImageIndex.scan(train, classes=True).class_names
-    return ImageIndex.scan(data.val_path or val or data.path, classes=True, class_names=names)
+        names = None if train is None else _scan(train, data, None).class_names
+    return _scan(data.val_path or val or data.path, data, names)
+
+
+def _scan(path: str, data: FinetuneData, class_names: Sequence[str] | None) -> ImageIndex:
+    return ImageIndex.scan(path, classes=True, class_names=class_names, retry_seconds=data.retry_seconds)
 
 
 def at_eval_size(data: FinetuneData) -> FinetuneData:

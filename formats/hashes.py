@@ -50,7 +50,7 @@ def wrong_file(folder: Path, hashes: Mapping[str, str]) -> str:
 def refuse_damaged(folder: Path, pattern: str) -> None:
     """Check the files of a checkpoint that are to be read, those of its hashes.json and of the folder that fit ``pattern``.
 
-    A folder without hashes.json is not looked at: other codes write none.
+    A folder of another code, which writes no hashes.json, is not looked at.
 
     Raises:
         ValueError: one of them is damaged, missing, or was put there afterwards; it names the checkpoint before this one.
@@ -59,6 +59,8 @@ def refuse_damaged(folder: Path, pattern: str) -> None:
     try:
         hashes = read_hashes(folder)
     except FileNotFoundError:
+        if _is_ours(folder):
+            raise _damaged(folder, f"{HASHES} is missing") from None
         return
     except ValueError as error:
         raise _damaged(folder, str(error)) from None
@@ -67,6 +69,14 @@ def refuse_damaged(folder: Path, pattern: str) -> None:
         raise _damaged(folder, f"{added[0]} is not in its {HASHES}")
     if wrong := wrong_file(folder, wanted):
         raise _damaged(folder, wrong)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run of this code, which writes hashes.json, made a checkpoint: its progress.json tells the layout."""
+    try:
+        return "layout" in json.loads((folder / "progress.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _damaged(folder: Path, wrong: str) -> ValueError:

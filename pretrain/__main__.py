@@ -40,7 +40,7 @@ def build(config: Any, world: World) -> tuple[Any, Loader, ImageIndex]:
     """The method and the training set of one process; data first, it is quick to refuse."""
     kind = METHODS[config.method]
     with user_errors():
-        index = ImageIndex.scan(config.data.path, classes=False)
+        index = ImageIndex.scan(config.data.path, classes=False, retry_seconds=config.data.retry_seconds)
         loader = _loader(config, world, index, kind.transform(config), training=True)
         # The same weights on every process, whatever they have drawn so far.
         seed_step(config.seed, -1, 0)
@@ -79,7 +79,7 @@ def _evaluator(config: Any, world: World, index: ImageIndex, named: set[str]) ->
     transform = EvalTransform(tuple(config.data.image_size), crop_ratio=1.0)
     if config.data.val_path:
         with user_errors():
-            part = ImageIndex.scan(config.data.val_path, classes=False)
+            part = ImageIndex.scan(config.data.val_path, classes=False, retry_seconds=config.data.retry_seconds)
     else:
         part = index.subset(min(len(index), 2048), config.seed)
     loader = _loader(config, world, part, transform, training=False)

@@ -166,13 +166,14 @@ def run(config: Any, world: World) -> None:
     method = FaultyMethod(fault, world.rank)
 
     def evaluate(model: Any) -> dict[str, float]:
-        """The sum of the biases, in three batches of which the second is where a fault may strike."""
+        """The sum of the biases, in three batches of which the second is where a fault may strike; of others many follow."""
         total = 0.0
-        for batch in until_stopped(range(3), world):
-            here = method.mine and method.left and method.step + 1 >= fault.step
-            if batch == 1 and here and fault.kind.startswith("evaluation"):
+        due = method.left and method.step + 1 >= fault.step and fault.kind.startswith("evaluation")
+        for batch in until_stopped(range(1000 if due and "SIGKILL" not in fault.kind else 3), world):
+            if due and method.mine and batch == 1:
                 os.kill(os.getpid(), getattr(signal, fault.kind.removeprefix("evaluation ")))
-                time.sleep(0.2)
+            if due:
+                time.sleep(0.1)
             total += float(model.encoder.fc.bias.sum())
         return {"bias": total}
 

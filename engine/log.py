@@ -68,7 +68,8 @@ class RunLog:
         if path.is_file():
             # A run that was killed has logged steps after its last checkpoint; they are taken again. That it went back
             # before is true all the same.
-            kept = [line for line in read_log(path) if line["step"] <= first_step or line["event"] == "rollback"]
+            always = ("rollback",) if first_step else ()
+            kept = [line for line in read_log(path) if line["step"] <= first_step or line["event"] in always]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._last = {line["event"]: line for line in kept}
         self._file = path.open("a")

@@ -458,6 +458,11 @@ def test_a_command_that_never_works_ends_the_run(shards: Path, command: str) -> 
         list(train(index, retry_seconds=0.3).batches(0))
 
 
+def test_a_command_that_never_works_is_given_up_while_it_is_looked_through(shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"pipe:false .* could not be reached for 0\.2 s"):
+        ImageIndex.scan(f"pipe:false {shards}", classes=False, retry_seconds=0.2)
+
+
 def test_another_shard_than_the_index_knows(shards: Path, tmp_path: Path) -> None:
     other = tmp_path / "train-000000.tar"
     tar(other, {f"{i}.png": png(i) * 20 for i in range(9)})

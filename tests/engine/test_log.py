@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from engine.world import World
 MAIN = World(0, 1, torch.device("cpu"))
 
 
-def write(folder: Path, first_step: int, steps: range) -> None:
+def write(folder: Path, first_step: int, steps: Iterable[int], event: str = "train") -> None:
     log = RunLog(folder, MAIN, first_step)
     for step in steps:
-        log.write(step, {"loss": 1 / step})
+        log.write(step, {"loss": 1 / step}, event)
     log.close()
 
 
@@ -44,8 +45,19 @@ def test_steps_after_the_checkpoint_are_taken_again(tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_was_written_last_is_known_and_a_rollback_never_forgotten(tmp_path: Path) -> None:
+    """Also where the run goes on from before the checkpoint that it went back to: that one was damaged."""
+    write(tmp_path, 0, range(1, 8))
+    write(tmp_path, 7, (5,), event="rollback")
+    run_log = RunLog(tmp_path, MAIN, 3)
+    assert run_log.last("train")["step"] == 3 and run_log.last("rollback")["step"] == 5 and run_log.last("skip") == {}
+    run_log.close()
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 5]
+
+
 def test_a_new_run_in_an_old_folder_starts_its_log_again(tmp_path: Path) -> None:
     write(tmp_path, 0, range(1, 4))
+    write(tmp_path, 3, (2,), event="rollback")
     write(tmp_path, 0, range(1, 2))
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1]
 

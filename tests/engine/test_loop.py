@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.checkpoint import take_over
 from engine.config import ConfigError
 from engine.faults import NonFiniteLossError
 from engine.log import read_log
@@ -144,6 +145,52 @@ def test_a_run_is_not_continued_with_settings_that_make_it_another_one(tmp_path:
     run(tmp_path / "run")
     with pytest.raises(ConfigError, match="the checkpoint in output_dir was made with"):
         run(tmp_path / "run", change)
+
+
+def test_what_a_run_works_out_for_itself_stays_when_it_is_continued(tmp_path: Path, world: World) -> None:
+    run(tmp_path / "run", "data.streams=3")
+    for given, found in ((0, 3), (2, 2)):
+        settings = config(tmp_path / "run", f"data.streams={given}")
+        take_over(settings, world)
+        assert settings.data.streams == found
+    other = config(tmp_path / "other")
+    take_over(other, world)
+    assert other.data.streams == 0
+
+
+def test_what_was_cut_off_after_a_checkpoint_is_done_when_the_run_is_continued(tmp_path: Path, world: World) -> None:
+    """Evaluations that the log has not, pictures that are not there; and only these."""
+    drawn: list[int] = []
+
+    def train(folder: Path, stop: int) -> None:
+        model, settings = (
+            method(),
+            config(folder, "train.eval_epochs=1", "train.picture_epochs=1", "train.save_epochs=1"),
+        )
+
+        def pictures(_: Any) -> dict[str, torch.Tensor]:
+            if model.step + 1 == stop:
+                raise RuntimeError("cut off")
+            drawn.append(model.step + 1)
+            return {"it": torch.zeros(3, 4, 4)}
+
+        hooks = Hooks(evaluate=lambda _: {"one": 1.0}, pictures=pictures)
+        fit(model, ToyLoader(batch_size=4), settings, world, hooks, "toy")
+
+    def evaluated(folder: Path) -> list[int]:
+        return [line["step"] for line in read_log(folder / "log.jsonl") if line["event"] == "evaluate"]
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        train(tmp_path, 12)
+    assert evaluated(tmp_path) == [6, 12] and drawn == [1, 6]
+    train(tmp_path, 0)
+    assert evaluated(tmp_path) == [6, 12, 18, 24]
+    assert len(list((tmp_path / "pictures").glob("it_*.png"))) == 5, "before the first step, and after each epoch"
+    last = next((tmp_path / "pictures").glob("*00000024.png"))
+    last.unlink()
+    before = len(drawn)
+    train(tmp_path, 0)
+    assert last.exists() and len(drawn) == before + 1
 
 
 def test_moving_average_is_what_is_evaluated_and_exported(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_refused(
 
 
 def test_what_hashes_cannot_tell(trained: Trained, tmp_path: Path) -> None:
-    """A file put there later is not read; the oldest checkpoint has none before it; no hashes.json, no check."""
+    """A file put there later is not read; the oldest checkpoint has none before it; other codes' have no hashes.json."""
     run, kept, _ = trained
     step = tmp_path / "step00000004"
     shutil.copytree(run / "checkpoints" / step.name, step)
@@ -263,6 +263,9 @@ def test_what_hashes_cannot_tell(trained: Trained, tmp_path: Path) -> None:
         read_weights(step, ema=False)
     added.unlink()
     (step / "hashes.json").unlink()
+    with pytest.raises(ValueError, match=r"hashes\.json is missing; there is none before it"):
+        read_weights(step)
+    (step / "progress.json").unlink()
     assert equal(read_weights(step).state, load_file(kept))
     model.write_bytes(model.read_bytes()[:700])
     with pytest.raises(ValueError, match="damaged or cut short"):

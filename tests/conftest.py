@@ -16,7 +16,12 @@ from engine.world import World, join
 torch.set_num_threads(1)
 
 
+LONG = ("tests/test_readme.py", "tests/engine/test_faults.py", "tests/slurm/test_slurm.py")
+"""What takes longest, one after the other: begun first, other files run beside it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.blocks [images=2]``: what ``train.checkpoint_blocks`` saves and costs, as one JSON object.
+"""``python -m benchmarks.blocks [images=2] [encoder=resnet50]``: what ``train.checkpoint_blocks`` saves and costs, as one JSON object.
 
 Encoders at 224 px, forwards and backwards: megabytes that are kept per image for the backward pass, and seconds per step,
 with and without, in turns in one process. ``tiles``: on the visible 40 % of masked images.
@@ -106,13 +106,15 @@ def main(words: list[str]) -> int:
     """Print the results -> exit code."""
 
     def measure(words: list[str], _: Path) -> list[dict[str, Any]]:
-        number = words[0].removeprefix("images=") if words else "2"
-        if len(words) > 1 or not number.isdigit() or not int(number):
-            raise ConfigError(f"{' '.join(words)!r} is not images=N, a number of images from 1 on")
+        given = {"images": "2", "encoder": ""} | dict(word.partition("=")[::2] for word in words)
+        number, chosen = given.pop("images"), [one for one in ENCODERS if given["encoder"] in ("", one[0])]
+        if given.keys() != {"encoder"} or not number.isdigit() or not int(number) or not chosen:
+            names = ", ".join(dict(ENCODERS))
+            raise ConfigError(f"{' '.join(words)!r} is not images=N, from 1 on, and encoder=NAME, one of {names}")
         torch.set_num_threads(1)
-        return [bench(name, backend, int(number), ROUNDS) for name, backend in ENCODERS]
+        return [bench(name, backend, int(number), ROUNDS) for name, backend in chosen]
 
-    return command("blocks", words, measure, takes="[images=2]")
+    return command("blocks", words, measure, takes="[images=2] [encoder=NAME]")
 
 
 if __name__ == "__main__":

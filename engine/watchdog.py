@@ -91,6 +91,8 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
+        with suppress(Exception):  # known to the others from the start; where they cannot be told, it is seen below
+            self._exchange(wait=0.0)
         while not self._end.wait(min(self._timeout / 10, 10.0)):
             late = self._late()
             if os.getppid() != self._parent and time.monotonic() - self._moved > min(self._timeout, _ORPHAN):

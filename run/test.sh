@@ -14,4 +14,4 @@ ruff check .
 ruff format --check .
 mypy .
 python run/check_files.py
-exec python -m pytest -n 2 --dist loadfile -m "not gpu and not nightly" "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not nightly" "$@"

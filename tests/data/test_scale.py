@@ -143,7 +143,7 @@ def test_the_bytes_of_an_image(tmp_path: Path) -> None:
 
 
 def test_workers_share_the_index(tmp_path: Path) -> None:
-    """A quarter of a million paths, looked at one after the other: what the workers hold for themselves does not grow by a tenth of them."""
+    """A quarter of a million paths, looked at one after the other: what the workers hold for themselves does not grow by a quarter of them (the pages of those that they look at would be 20 MB)."""
     (tmp_path / "x.png").write_bytes(png(0))
     lines = tmp_path / "list.txt"
     lines.write_text("".join(f"{'./' * (i % 20 + 1)}{'.//' * 20}x.png\n" for i in range(250_000)))
@@ -157,7 +157,7 @@ def test_workers_share_the_index(tmp_path: Path) -> None:
         for _ in range(100):
             next(batches)
         after = [_private(pid) for pid in loader.worker_pids()]
-    assert max(b - a for a, b in zip(before, after, strict=True)) < 3e6
+    assert max(b - a for a, b in zip(before, after, strict=True)) < 6e6
 
 
 def _files(pid: int | str) -> int:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from data.digits import write_digits
-from engine import cli
+from engine import cli, faults
 from engine.config import check_run
-from engine.faults import NonFiniteLossError
+from engine.faults import EXIT_REQUEUE, NonFiniteLossError
 from engine.log import read_log
 from engine.world import World
 from finetune import classify, compare, compare_report, sets
@@ -479,3 +479,21 @@ def test_from_scratch_with_layer_decay_is_told_on_the_page(setting: Setting) -> 
     told = setting.read()["facts"]["handicap from scratch"]
     assert "scratch trains from scratch with optim.layer_decay=0.8" in told and "scratch.optim.layer_decay=1" in told
     assert "cim" not in told and "optim.layer_decay=0.8, which is meant" in (setting.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", [[], ["compare"]])
+def test_a_signal_while_features_are_extracted_ends_the_command(
+    command: list[str], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the code that says: continue me. Of a comparison no run counts as failed."""
+    words = ["digits_probe", f"data.path={digits}", VIT, "eval_batch_size=100", f"output_dir={tmp_path}"]
+    words += ["init=scratch", "seeds=2", "labels=0.1,0.3"] if command else ["init=scratch", "data.labels=0.1"]
+    try:
+        faults.hear(faults.STOP)
+        assert cli.main(PROGRAM, [*command, *words]) == EXIT_REQUEUE
+    finally:
+        faults.unlisten()
+    assert "stopped by a signal while images were evaluated" in capsys.readouterr().err
+    if command:
+        (record,) = tmp_path.rglob(compare.RECORD)
+        assert json.loads(record.read_text())["state"] == "started"

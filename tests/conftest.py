@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and there is none"))
 
 
+_LINEAR = torch.nn.functional.linear
+
+
+@pytest.fixture(autouse=True)
+def _linear_as_it_was() -> Iterator[None]:
+    """torch's own: DeepSpeed's ZeRO-3 leaves one in its place that keeps other tensors for the backward pass."""
+    yield
+    torch.nn.functional.linear = _LINEAR
+
+
 @pytest.fixture(autouse=True)
 def _log_as_found() -> Iterator[None]:
     """The log as this test found it: an entry point sets one up that would tell all that later tests do."""

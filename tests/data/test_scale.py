@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,10 +195,10 @@ def test_memory_does_not_grow_over_an_epoch(tmp_path: Path, kind: str, monkeypat
         batches = loader.batches(0)
         first = held(batches, 150)
         last = held(batches, 340)
-        batches = loader.batches(1)
-        again = held(batches, 490)
-    assert last[0] - first[0] < 8e6 and again[0] - first[0] < 12e6
-    assert abs(last[1] - first[1]) < 30 and abs(again[1] - first[1]) < 30, "at most the shards, once for each worker"
+        epochs = [held(loader.batches(epoch), 490) for epoch in (1, 2)]
+    memory, files = zip(first, last, *epochs, strict=True)
+    assert min(np.diff(memory)) < 3e6, "what is kept of every image grows in every epoch; an allocator in one of them"
+    assert all(abs(count - files[0]) < 30 for count in files), "at most the shards, once for each worker"
 
 
 if __name__ == "__main__":

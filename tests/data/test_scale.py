@@ -144,7 +144,7 @@ def test_the_bytes_of_an_image(tmp_path: Path) -> None:
 
 
 def test_workers_share_the_index(tmp_path: Path) -> None:
-    """A quarter of a million paths, looked at one after the other: what the workers hold for themselves does not grow by a quarter of them (the pages of those that they look at would be 20 MB)."""
+    """A quarter of a million paths, looked at one after the other: what the workers hold for themselves does not grow by a quarter of them."""
     (tmp_path / "x.png").write_bytes(png(0))
     lines = tmp_path / "list.txt"
     lines.write_text("".join(f"{'./' * (i % 20 + 1)}{'.//' * 20}x.png\n" for i in range(250_000)))
